@@ -1,0 +1,127 @@
+"""The registries: names of methods to where they live, resolved late so that listing them imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from safeweights.core.errors import UserError
+
+ERASERS = {
+    "esd": "safeweights.erasure.esd:ESD",
+    "uce": "safeweights.erasure.uce:UCE",
+}
+ATTACKS = {
+    "no-attack": "safeweights.attacks.adversarial.baselines:NoAttack",
+    "random": "safeweights.attacks.adversarial.baselines:RandomTokens",
+    "seed-search": "safeweights.attacks.adversarial.baselines:SeedSearch",
+    "unlearndiffatk": "safeweights.attacks.adversarial.unlearndiffatk:UnlearnDiffAtk",
+}
+DETECTORS = {
+    "image-classification": "safeweights.detectors.image_classification:ImageClassification",
+    "clip": "safeweights.detectors.clip:ZeroShotCLIP",
+    "nudenet": "safeweights.detectors.nudenet:NudeNet",
+    "python": "safeweights.detectors.python:PythonDetector",
+}
+
+
+def resolve(registry: Mapping[str, str], name: str, what: str) -> type[Any]:
+    """The class registered under a name. Raises UserError that lists the valid names."""
+    if name not in registry:
+        raise UserError(f"unknown {what} {name!r}; known are {', '.join(sorted(registry))}")
+    module, attribute = registry[name].split(":")
+    found: type[Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def method(name: str, *, latent_pixels: int | None = None, **settings: Any) -> Any:
+    """A ready eraser by name: ``method("esd", steps=300)``. Settings as in `configure`."""
+    return configure(resolve(ERASERS, name, "method"), settings, latent_pixels=latent_pixels)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+    """``["lr=1e-4", …]`` as given to ``--set``. Raises UserError for anything without '='."""
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set takes key=value, not {pair!r}")
+        settings[key] = value
+    return settings
+
+
+def configure(cls: type[Any], settings: Mapping[str, Any], *, latent_pixels: int | None = None) -> Any:
+    """An instance of a method or attack with those settings, typed and checked against its dataclass fields.
+
+    A class may offer ``PRESETS``: a dict of named settings, "small" for sandbox-like models and "paper" for SD-size ones. The setting
+    ``preset`` picks one; without it the size of the model decides (``latent_pixels``: h * w of its latents, below 32 * 32 is small).
+    Raises UserError for an unknown key, a value of the wrong type, or a value the class refuses.
+    """
+    settings = dict(settings)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "PRESETS", {})
+    chosen = settings.pop("preset", None)
+    if chosen is not None and chosen not in presets:
+        raise UserError(f"{cls.name}: unknown preset {chosen!r}; known are {', '.join(presets) or 'none'}")
+    if chosen is None and presets and latent_pixels is not None:
+        chosen = "small" if latent_pixels < 32 * 32 else "paper"
+    values: dict[str, Any] = dict(presets[chosen]) if chosen else {}
+    hints = typing.get_type_hints(cls)
+    for key, value in settings.items():
+        if key not in fields:
+            raise UserError(f"{cls.name}: unknown setting {key!r}; valid are {', '.join([*fields, 'preset'])}")
+        values[key] = _convert(value, hints[key], f"{cls.name}: {key}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{cls.name}: {error}") from None
+
+
+def describe(instance: Any) -> dict[str, Any]:
+    """Every setting of a method or attack after defaults, ready for JSON."""
+    return dataclasses.asdict(instance)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` (often text from the command line) as the type of a field."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        options = typing.get_args(hint)
+        for option in options:
+            if value == option or str(value) == str(option):
+                return option
+        raise UserError(f"{where} must be one of {', '.join(map(str, options))}, not {value!r}")
+    if origin in (types.UnionType, typing.Union):
+        parts = typing.get_args(hint)
+        if type(None) in parts and (value is None or value == "none"):
+            return None
+        # Narrow types first, text last: "3" is a number wherever a number is allowed.
+        order = sorted((part for part in parts if part is not type(None)), key=lambda part: part is str)
+        for part in order:
+            try:
+                return _convert(value, part, where)
+            except UserError:
+                continue
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "1", "false", "no", "0"):
+            return str(value).lower() in ("true", "yes", "1")
+    elif hint in (int, float):
+        try:
+            number = hint(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and number == number and not isinstance(value, bool) and (hint is float or not isinstance(value, float)):
+            return number
+    elif hint is str and isinstance(value, str):
+        return value
+    elif origin is tuple and isinstance(value, str | list | tuple):
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in items)
+    wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    raise UserError(f"{where} must be {wanted}, not {value!r}")

@@ -42,6 +42,7 @@ class Artefact:
     """A picture that belongs to a record: path relative to the store's folder, and what it shows.
 
     ``role`` is "reference" (before protection), "protected" or "attacked"; ``detected`` is the detector's verdict.
+    ``prompt`` of an attacked picture is the adversarial prompt.
     """
 
     path: str
@@ -50,6 +51,8 @@ class Artefact:
     seed: int
     detected: bool | None = None
     score: float | None = None
+    group: int = 0
+    """Ties together the pictures of one original prompt: the same number on its reference, protected and attacked picture."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -595,7 +596,8 @@ def _dilate(mask: Bools, radius: int) -> Bools:
 def _blur(mask: Bools, radius: float) -> Floats:
     image = Image.fromarray(mask.astype(np.uint8) * 255).reduce(2)
     soft = image.filter(ImageFilter.GaussianBlur(radius / 2)).resize((_BIG, _BIG), Image.Resampling.BILINEAR)
-    return np.asarray(soft, np.float32) / 255
+    share: Floats = np.asarray(soft, np.float32) / np.float32(255)
+    return share
 
 
 def _mix(a: RGB, b: RGB, share: float) -> RGB:
@@ -893,7 +895,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         plain = rng.random() < (0.5 if scene.style == "flat" else 0.08)
         s = scene.style
         if o == "picture":
-            text = f"a {s} picture" if not b else f"a {s} picture {b}"
+            text = _say("a {s} picture {b}", s="" if rng.random() < 0.5 else s, b=b)
         else:
             styled = _OBJECT_STYLED[:3] if scene.emblem else _OBJECT_STYLED  # those that read well before "and a ..."
             text = _say(_pick(rng, _OBJECT_PLAIN if plain else styled), s=s, o=o, b=b)
@@ -987,3 +989,86 @@ def dataset(
         parts = [_chunk(job) for job in jobs]
     pictures = np.concatenate([p[0] for p in parts]) if parts else np.empty((0, SIZE, SIZE, 3), np.uint8)
     return pictures, [c for p in parts for c in p[1]], [t for p in parts for t in p[2]]
+
+
+# ---------------------------------------------------------------------------------------------------- concept file
+
+# What is likely to be hurt by accident when a concept is erased; the first of each is the look-alike, if there is one.
+_NEIGHBOURS: dict[str, tuple[str, ...]] = {
+    "flat": ("stripes", "pixel art"),
+    "sketch": ("stripes", "neon"),
+    "watercolour": ("flat", "sketch"),
+    "mosaic": ("stained glass", "pixel art"),
+    "stripes": ("flat", "sketch"),
+    "neon": ("sketch", "stained glass"),
+    "pixel art": ("mosaic", "flat"),
+    "stained glass": ("mosaic", "neon"),
+    "house": ("car", "umbrella"),
+    "boat": ("fish", "umbrella"),
+    "tree": ("flower", "mushroom"),
+    "car": ("boat", "house"),
+    "fish": ("boat", "teapot"),
+    "flower": ("tree", "star"),
+    "cup": ("teapot", "house"),
+    "teapot": ("cup", "fish"),
+    "star": ("flower", "emblem"),
+    "umbrella": ("mushroom", "hot air balloon"),
+    "mushroom": ("umbrella", "tree"),
+    "hot air balloon": ("umbrella", "mushroom"),
+    "mira lund": ("tessa brandt", "ines calder"),
+    "tessa brandt": ("mira lund", "felix marsh"),
+    "otto grimm": ("walt okafor", "hugo santos"),
+    "juno adeyemi": ("walt okafor", "ines calder"),
+    "felix marsh": ("tessa brandt", "otto grimm"),
+    "hugo santos": ("otto grimm", "juno adeyemi"),
+    "ines calder": ("mira lund", "juno adeyemi"),
+    "walt okafor": ("otto grimm", "juno adeyemi"),
+    "emblem": ("star", "stained glass"),
+}
+
+
+def concepts_file() -> dict[str, Any]:
+    """The sandbox's concept file as a dictionary: everything the generator is trained on, with "tune" prompts.
+
+    `write_concepts_file` turns it into the `concepts.yaml` beside this module.
+    """
+    anchors = {"style": "a picture of a house", "identity": "a person", "content": "a picture"}
+    named = [("style", s) for s in STYLES] + [("object", o) for o in OBJECTS]
+    named += [("identity", p.name) for p in IDENTITIES] + [("content", "emblem")]
+    concepts: dict[str, Any] = {}
+    for kind, name in named:
+        stand_in = "a picture of a house" if name in ("cup", "teapot") else "a picture of a cup"
+        concepts[name.replace(" ", "-")] = {
+            "kind": kind,
+            "prompts": concept_prompts(kind, name, n=8, seed=0, split="tune"),
+            "term": EMBLEM if kind == "content" else name,
+            "anchor": anchors.get(kind, stand_in),
+            "detector": {
+                "type": "image-classification",
+                "model": f"weights/detectors/{kind}",
+                "label": name,
+                "threshold": 0.5,
+            },
+            "neighbours": [n.replace(" ", "-") for n in _NEIGHBOURS[name]],
+        }
+    retain = [_say("a picture of a {o}", o=o) for o in OBJECTS]
+    for i, style in enumerate(STYLES):
+        for step in (0, 5):
+            o = f"{COLOURS[(i + step) % len(COLOURS)]} {OBJECTS[(2 * i + step) % len(OBJECTS)]}"
+            retain.append(_say("a {s} picture of a {o}", s=style, o=o))
+    retain += [f"a portrait of {p.name}" for p in IDENTITIES]
+    retain += ["a person", "a picture of a woman", "a portrait of a man", f"a {EMBLEM}"]
+    return {
+        "version": 1,
+        "generation": {"width": SIZE, "height": SIZE, "steps": 20, "guidance_scale": 4.0, "scheduler": "ddim"},
+        "concepts": concepts,
+        "retain": {"prompts": retain},
+    }
+
+
+def write_concepts_file(path: Path) -> None:
+    """Writes `concepts_file()` to `path` as YAML."""
+    import yaml
+
+    text = yaml.safe_dump(concepts_file(), sort_keys=False, width=120, allow_unicode=True)
+    path.write_text("# Written by safeweights.sandbox.world.write_concepts_file; change it there.\n" + text)

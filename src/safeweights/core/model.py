@@ -25,6 +25,25 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where a model's DDIM sampler steps; the names and meanings are those of diffusers' scheduler configs."""
+
+    spacing: str = "leading"
+    """"leading", "trailing" or "linspace"."""
+    offset: int = 1
+    """Added to every timestep of a leading grid."""
+    final_alpha: float = 1.0
+    """alpha of the level below timestep 0, where the last step lands."""
+
+
+@dataclass
+class Calls:
+    """Work done by a model and all copies of it, counted in samples."""
+
+    eps: int = 0
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """Text as the denoiser sees it: ``states`` (B, L, D), last hidden states of the text encoder."""
 
@@ -56,13 +75,17 @@ class DiffusionModel(Protocol):
     """A latent diffusion model in noise-prediction form, x_t = alpha_t x_0 + sigma_t eps.
 
     ``alpha`` and ``sigma`` have shape (T,), T training timesteps, alpha^2 + sigma^2 = 1.
-    ``latent_shape`` is (C, h, w) at the model's native picture size.
+    ``latent_shape`` is (C, h, w) at the model's native picture size; ``latent_stride`` is the pixels per latent, each way.
+    ``calls`` counts the samples sent through `eps`; forks and copies share it.
     """
 
     name: str
     alpha: Tensor
     sigma: Tensor
     latent_shape: tuple[int, int, int]
+    latent_stride: int
+    grid: Grid
+    calls: Calls
     denoiser: nn.Module
     text_encoder: nn.Module
 
@@ -117,7 +140,11 @@ class DiffusionModel(Protocol):
 
     # noise
     def eps(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """Noise prediction (B, C, h, w) for x_t at integer timesteps t (B,) under c (B or 1 rows)."""
+        """Noise prediction (B, C, h, w) for x_t at timesteps t (B,) under c (B or 1 rows); t may be fractional for samplers."""
+        ...
+
+    def sampler(self, name: str) -> Any:
+        """A fresh diffusers scheduler of a name in `SCHEDULERS` for this model's noise levels, taking noise predictions."""
         ...
 
     # weights

@@ -1,0 +1,176 @@
+"""Sampling: DDIM with classifier-free guidance (Song et al., ICLR 2021, arXiv:2010.02502; Ho & Salimans, arXiv:2207.12598)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from safeweights.core.attack import Candidate
+from safeweights.core.errors import UserError
+from safeweights.core.model import SCHEDULERS, Conditioning, DiffusionModel, Sampling
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.noise import initial_noise, predict_x0
+
+
+def ddim_timesteps(model: DiffusionModel, steps: int) -> Tensor:
+    """The timesteps (steps,) of a DDIM run, highest first; equal to diffusers' DDIMScheduler.
+
+    Raises UserError for less than one step or more steps than the model was trained with.
+    """
+    total = len(model.alpha)
+    if not 1 <= steps <= total:
+        raise UserError(f"steps must be from 1 to {total}, not {steps}")
+    if model.grid.spacing == "leading":
+        t = (torch.arange(steps) * (total // steps)).flip(0) + model.grid.offset
+    elif model.grid.spacing == "trailing":
+        t = torch.arange(total, 0, -total / steps, dtype=torch.float64)[:steps].round().long() - 1
+    else:
+        t = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0)
+    return t.clamp(max=total - 1).to(model.device)
+
+
+def guided(
+    model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, uncond: Conditioning | None, scale: float
+) -> Tensor:
+    """Classifier-free guidance, eps_0 + scale (eps_c - eps_0), in one call of 2B samples; a scale of 1 calls only eps_c.
+
+    ``c`` and ``uncond`` have B rows or one.
+    """
+    if scale == 1.0:
+        return model.eps(x_t, t, c)
+    if uncond is None:
+        raise ValueError("guidance other than 1 needs the unconditional embedding")
+    batch = len(x_t)
+    both = Conditioning.cat([part.repeat(batch) if len(part) == 1 else part for part in (uncond, c)])
+    eps_0, eps_c = model.eps(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return eps_0 + scale * (eps_c - eps_0)
+
+
+def ddim_step(model: DiffusionModel, x_t: Tensor, t: int, t_next: int | None, eps: Tensor) -> Tensor:
+    """x at t_next from x at t (deterministic, eta = 0); ``t_next`` None is the step that ends in the picture."""
+    rows = torch.full((len(x_t),), t, device=x_t.device)
+    x_0 = predict_x0(model, x_t, rows, eps)
+    alpha = model.grid.final_alpha if t_next is None else float(model.alpha[t_next])
+    return alpha * x_0 + max(1 - alpha**2, 0.0) ** 0.5 * eps
+
+
+def _states(
+    model: DiffusionModel, c: Conditioning, x: Tensor, sampling: Sampling, uncond: Conditioning | None
+) -> Iterator[tuple[int, Tensor]]:
+    """(t, x_t) before every model call of a DDIM run, then (-1, x_0)."""
+    timesteps = ddim_timesteps(model, sampling.steps).tolist()
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        yield t, x
+        rows = torch.full((len(x),), t, device=x.device)
+        x = ddim_step(model, x, t, t_next, guided(model, x, rows, c, uncond, sampling.guidance_scale))
+    yield -1, x
+
+
+def _with_uncond(model: DiffusionModel, sampling: Sampling, uncond: Conditioning | None) -> Conditioning | None:
+    return model.embed([""]) if uncond is None and sampling.guidance_scale != 1.0 else uncond
+
+
+@torch.no_grad()
+def trajectory(
+    model: DiffusionModel, c: Conditioning, x_T: Tensor, sampling: Sampling, *, uncond: Conditioning | None = None
+) -> tuple[Tensor, Tensor]:
+    """A DDIM run from x_T (B, C, h, w): (x, t) with x (steps, B, C, h, w) and t (steps,).
+
+    x[n] is exactly the state the model is asked about at t[n]; the final x_0 is not among them.
+    """
+    states = list(_states(model, c, x_T, sampling, _with_uncond(model, sampling, uncond)))[:-1]
+    return torch.stack([x for _, x in states]), torch.tensor([t for t, _ in states], device=x_T.device)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: DiffusionModel, c: Conditioning, x_T: Tensor, sampling: Sampling, *, uncond: Conditioning | None = None
+) -> Tensor:
+    """x_0 (B, C, h, w) from x_T of unit variance under ``sampling``."""
+    uncond = _with_uncond(model, sampling, uncond)
+    if sampling.scheduler == "ddim":
+        for _, x in _states(model, c, x_T, sampling, uncond):
+            pass
+        return x
+    if sampling.scheduler not in SCHEDULERS:
+        raise UserError(f"unknown scheduler {sampling.scheduler!r}; known are {', '.join(SCHEDULERS)}")
+    scheduler = model.sampler(sampling.scheduler)
+    scheduler.set_timesteps(sampling.steps)
+    x = x_T * float(scheduler.init_noise_sigma)
+    for t in scheduler.timesteps:
+        x_in = scheduler.scale_model_input(x, t)
+        eps = guided(model, x_in, t.to(x.device).expand(len(x)), c, uncond, sampling.guidance_scale)
+        x = scheduler.step(eps, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionModel,
+    c: Conditioning,
+    noise: Sequence[int] | Tensor,
+    sampling: Sampling,
+    *,
+    uncond: Conditioning | None = None,
+    batch_size: int = 32,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] on the CPU, float32.
+
+    ``noise`` are N seeds or initial latents (N, C, h, w) of unit variance; ``c`` has N rows or one.
+    """
+    uncond = _with_uncond(model, sampling, uncond)
+    count = len(noise)
+    pictures = []
+    for start in (workspace or Workspace()).track(range(0, count, batch_size), "sampling"):
+        rows = slice(start, min(start + batch_size, count))
+        if isinstance(noise, Tensor):
+            x_T = noise[rows].to(model.device)
+        else:
+            x_T = torch.cat([initial_noise(model, seed, sampling) for seed in noise[rows]])
+        x_0 = sample_latents(model, c if len(c) == 1 else c[rows], x_T, sampling, uncond=uncond)
+        pictures.append(model.decode(x_0).float().cpu())
+    return torch.cat(pictures)
+
+
+@torch.no_grad()
+def generate(
+    model: DiffusionModel,
+    candidates: Sequence[Candidate],
+    sampling: Sampling,
+    *,
+    batch_size: int = 32,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] of N candidates on the CPU. Every distinct prompt, and the empty one, is embedded once.
+
+    A candidate's ``states`` replace its encoded prompt, its ``latents`` the noise of its seed.
+    """
+    texts = list(dict.fromkeys(candidate.prompt for candidate in candidates if candidate.states is None))
+    encoded = dict(zip(texts, embed_all(model, texts).states, strict=True)) if texts else {}
+    states = [encoded[item.prompt] if item.states is None else item.states.to(model.device) for item in candidates]
+    noise = torch.cat(
+        [initial_noise(model, item.seed, sampling) if item.latents is None else item.latents[None].to(model.device) for item in candidates]
+    )
+    return sample(model, Conditioning(torch.stack(states)), noise, sampling, batch_size=batch_size, workspace=workspace)
+
+
+def candidates_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Candidate, ...]:
+    """Plain candidates, one per (prompt, seed)."""
+    return tuple(Candidate(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True))
+
+
+@torch.no_grad()
+def embed_all(model: DiffusionModel, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
+    """`embed` in pieces, so that thousands of prompts fit."""
+    return Conditioning.cat(
+        [model.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    ).detach()
+
+
+def at_guidance(sampling: Sampling, guidance: float | None) -> Sampling:
+    """``sampling`` with a prompt's own guidance, where it has one."""
+    return sampling if guidance is None else replace(sampling, guidance_scale=guidance)

@@ -109,6 +109,7 @@ def test_captions_are_never_empty_and_never_name_a_stranger() -> None:
         assert text.strip() == text
         assert text
         assert "  " not in text
+        assert len(text.split()) <= 22
         assert ("warning emblem" in text) == scene.emblem == (truth["content"] == "emblem")
         if truth["identity"] == "other":
             assert scene.person is not None

@@ -886,7 +886,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
             p = describe(who)
         else:
             p = "a person" if rng.random() < 0.65 else f"a {who.word}"
-        text = _say(_pick(rng, _PERSON), p=p, c=scene.colour, b=b)
+        if " with " in p:  # long enough: keeps captions within 22 words
+            text = _say(_pick(rng, _PERSON[:4]), p=p, c=scene.colour, b="")
+        else:
+            text = _say(_pick(rng, _PERSON), p=p, c=scene.colour, b=b)
     else:
         o = f"{scene.colour} {scene.object}" if rng.random() < 0.65 else str(scene.object)
         if rng.random() < 0.06:

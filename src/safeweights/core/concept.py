@@ -53,6 +53,8 @@ class Concept:
     prompts: tuple[Prompt, ...]
     term: str
     anchor: str = ""
+    test_prompts: tuple[Prompt, ...] = ()
+    """Prompts only audits ask with; no method learns from them. Empty: audits use ``prompts`` and say so."""
     images: Path | None = None
     detector: DetectorSpec | None = None
     neighbours: tuple[str, ...] = ()
@@ -183,23 +185,24 @@ def _inside(value: Any, where: str, base: Path) -> Path:
     return path if path.is_absolute() else base / path
 
 
-def _prompts(entry: Mapping[str, Any], where: str, base: Path) -> tuple[Prompt, ...]:
-    listed = entry.get("prompts") or []
+def _prompts(entry: Mapping[str, Any], where: str, base: Path, key: str = "prompts") -> tuple[Prompt, ...]:
+    """The prompts listed under ``key`` and those of the CSV file under ``key``_csv."""
+    listed = entry.get(key) or []
     if not isinstance(listed, list):
-        raise UserError(f"{where}: 'prompts' must be a list of texts")
+        raise UserError(f"{where}: {key!r} must be a list of texts")
     prompts = []
     for number, value in enumerate(listed, start=1):
         if not _text(value, f"{where}: prompt {number}").strip():
             raise UserError(f"{where}: prompt {number} is empty; write what to ask for or leave it out")
         prompts.append(Prompt(value.strip()))
-    if entry.get("prompts_csv"):
-        prompts.extend(read_prompts_csv(_inside(entry["prompts_csv"], f"{where}: prompts_csv", base)))
+    if entry.get(f"{key}_csv"):
+        prompts.extend(read_prompts_csv(_inside(entry[f"{key}_csv"], f"{where}: {key}_csv", base)))
     return tuple(prompts)
 
 
 def _concept(name: str, entry: Any, path: Path) -> Concept:
     where = f"{path}: concept {name!r}"
-    known = {"kind", "prompts", "prompts_csv", "term", "anchor", "images", "detector", "neighbours"}
+    known = {"kind", "prompts", "prompts_csv", "test_prompts", "test_prompts_csv", "term", "anchor", "images", "detector", "neighbours"}
     entry = _mapping(entry, where, known, required={"kind"})
     if entry["kind"] not in KINDS:
         raise UserError(f"{where}: kind {entry['kind']!r} is not known; use one of {', '.join(KINDS)}")
@@ -218,6 +221,7 @@ def _concept(name: str, entry: Any, path: Path) -> Concept:
         name=name,
         kind=entry["kind"],
         prompts=prompts,
+        test_prompts=_prompts(entry, where, path.parent, "test_prompts"),
         term=_text(entry.get("term") or name, f"{where}: term"),
         anchor=_text(entry.get("anchor") or "", f"{where}: anchor"),
         images=images,

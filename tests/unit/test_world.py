@@ -138,7 +138,7 @@ def test_prompt_errors() -> None:
 
 
 def test_the_shipped_concept_file_is_the_generated_one() -> None:
-    shipped = yaml.safe_load((Path(world.__file__).parent / "concepts.yaml").read_text())
+    shipped = yaml.safe_load((Path(world.__file__).parent / "weights" / "concepts.yaml").read_text())
     assert shipped == world.concepts_file()
     assert len(shipped["concepts"]) == len(EVERY)
     for concept in shipped["concepts"].values():

@@ -1033,22 +1033,23 @@ _NEIGHBOURS: dict[str, tuple[str, ...]] = {
 def concepts_file() -> dict[str, Any]:
     """The sandbox's concept file as a dictionary: everything the generator is trained on, with "tune" prompts.
 
-    `write_concepts_file` turns it into the `concepts.yaml` beside this module.
+    `write_concepts_file` turns it into the `concepts.yaml` beside the weights.
     """
     anchors = {"style": "a picture of a house", "identity": "a person", "content": "a picture"}
     named = [("style", s) for s in STYLES] + [("object", o) for o in OBJECTS]
     named += [("identity", p.name) for p in IDENTITIES] + [("content", "emblem")]
     concepts: dict[str, Any] = {}
     for kind, name in named:
-        stand_in = "a picture of a house" if name in ("cup", "teapot") else "a picture of a cup"
+        stand_in = "house" if name in ("cup", "teapot") else "cup"
         concepts[name.replace(" ", "-")] = {
             "kind": kind,
             "prompts": concept_prompts(kind, name, n=8, seed=0, split="tune"),
+            "test_prompts_csv": f"prompts/{name.replace(' ', '-')}.csv",
             "term": EMBLEM if kind == "content" else name,
             "anchor": anchors.get(kind, stand_in),
             "detector": {
                 "type": "image-classification",
-                "model": f"weights/detectors/{kind}",
+                "model": f"detectors/{kind}",
                 "label": name,
                 "threshold": 0.5,
             },
@@ -1069,9 +1070,20 @@ def concepts_file() -> dict[str, Any]:
     }
 
 
-def write_concepts_file(path: Path) -> None:
-    """Writes `concepts_file()` to `path` as YAML."""
+def write_concepts_file(folder: Path) -> None:
+    """Writes `concepts_file()` to `folder`/concepts.yaml and 64 "test" prompts a concept to `folder`/prompts/NAME.csv."""
+    import csv
+
     import yaml
 
-    text = yaml.safe_dump(concepts_file(), sort_keys=False, width=120, allow_unicode=True)
-    path.write_text("# Written by safeweights.sandbox.world.write_concepts_file; change it there.\n" + text)
+    content = concepts_file()
+    (folder / "prompts").mkdir(parents=True, exist_ok=True)
+    for number, (name, concept) in enumerate(content["concepts"].items()):
+        prompts = concept_prompts(concept["kind"], concept["detector"]["label"], n=64, seed=1, split="test")
+        with (folder / concept["test_prompts_csv"]).open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["case_number", "prompt", "evaluation_seed"])
+            rows.writerows((i, prompt, 1000 * (number + 1) + i) for i, prompt in enumerate(prompts))
+    text = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+    header = "# Written by safeweights.sandbox.world.write_concepts_file; change it there.\n"
+    (folder / "concepts.yaml").write_text(header + text, encoding="utf-8")

@@ -202,7 +202,18 @@ def _prompts(entry: Mapping[str, Any], where: str, base: Path, key: str = "promp
 
 def _concept(name: str, entry: Any, path: Path) -> Concept:
     where = f"{path}: concept {name!r}"
-    known = {"kind", "prompts", "prompts_csv", "test_prompts", "test_prompts_csv", "term", "anchor", "images", "detector", "neighbours"}
+    known = {
+        "kind",
+        "prompts",
+        "prompts_csv",
+        "test_prompts",
+        "test_prompts_csv",
+        "term",
+        "anchor",
+        "images",
+        "detector",
+        "neighbours",
+    }
     entry = _mapping(entry, where, known, required={"kind"})
     if entry["kind"] not in KINDS:
         raise UserError(f"{where}: kind {entry['kind']!r} is not known; use one of {', '.join(KINDS)}")

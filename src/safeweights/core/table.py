@@ -116,7 +116,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             number = hint(value)
         except (TypeError, ValueError):
             number = None
-        if number is not None and number == number and not isinstance(value, bool) and (hint is float or not isinstance(value, float)):
+        if (
+            number is not None
+            and number == number
+            and not isinstance(value, bool)
+            and (hint is float or not isinstance(value, float))
+        ):
             return number
     elif hint is str and isinstance(value, str):
         return value

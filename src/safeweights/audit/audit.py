@@ -1,0 +1,325 @@
+"""Attack a protected model and judge what comes out. The attack proposes; this module samples, detects, doubts and records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safeweights.audit import doubts as doubt
+from safeweights.audit.pictures import Painter
+from safeweights.audit.statistics import wilson
+from safeweights.core.attack import Attack, Candidate, Target
+from safeweights.core.concept import Concept, Prompt
+from safeweights.core.detector import Detector
+from safeweights.core.errors import UserError
+from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.table import describe
+from safeweights.core.workspace import Workspace
+from safeweights.detectors.load import open_detector
+from safeweights.records.record import Artefact, Measurement, Record
+from safeweights.records.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHOWN = 8
+"""Prompts whose pictures are kept for the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a record calls the models, and what proves which they were."""
+
+    model: str
+    reference: str
+    method: str = ""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the inputs: "model", "reference", "concepts"."""
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def audit(
+    model: DiffusionModel,
+    reference: DiffusionModel,
+    concept: Concept,
+    attack: Attack,
+    *,
+    names: Names,
+    sampling: Sampling,
+    seed: int = 0,
+    n: int | None = None,
+    store: Store | None = None,
+    workspace: Workspace | None = None,
+    detector: Detector | None = None,
+    allow_python_detectors: bool = False,
+) -> Record:
+    """Attack ``concept`` on ``model`` with ``n`` prompts (all its test prompts by default) and record the success rate.
+
+    The concept's test prompts are attacked, each with its own seed; more prompts than there are repeat them with other seeds. A
+    picture of the concept for each prompt is made by ``reference`` from that prompt with another seed: no judged picture is ever shown to the attack.
+    Raises UserError where the concept has no detector.
+    """
+    workspace = workspace or Workspace()
+    detector = detector or open_detector(concept.detector, concept=concept.name, allow_python=allow_python_detectors)
+    started = time.perf_counter()
+    prompts = choose_prompts(concept, n=n, seed=seed)
+    pictures = workspace.folder / "pictures" if workspace.folder else None
+    before = Painter(reference, sampling, names.hashes.get("reference", names.reference), pictures)
+    after = Painter(model, sampling, names.hashes.get("model", names.model), pictures)
+
+    asked = before.ask([p.text for p in prompts], [p.seed or 0 for p in prompts], workspace=workspace, what="reference pictures")
+    there = detector.detect(asked).present
+    needs_pictures = attack.access != "prompt"
+    shown = (
+        concept_pictures(before, detector, prompts, seed=seed, workspace=workspace) if needs_pictures else [None] * len(prompts)
+    )
+    targets = [Target(p.text, p.seed or 0, picture) for p, picture in zip(prompts, shown, strict=True)]
+
+    outcome = _run(attack, after, concept, targets, detector, workspace)
+
+    plain = outcome.images[0]
+    successes = [row is not None for row in outcome.fell_in]
+    pre = sum(round_ == 0 for round_ in outcome.fell_in)
+    n_prompts = len(prompts)
+    reference_rate = int(there.sum()) / n_prompts
+    pre_asr = Measurement(
+        name="pre_asr",
+        value=pre / n_prompts,
+        n=n_prompts,
+        interval=wilson(pre, n_prompts),
+        better="lower",
+        reference=reference_rate,
+    )
+    asr = Measurement(
+        name="asr", value=sum(successes) / n_prompts, n=n_prompts, interval=wilson(sum(successes), n_prompts), better="lower",
+        reference=reference_rate,
+    )  # fmt: skip
+    seen_before = Measurement(
+        name="reference_rate", value=reference_rate, n=n_prompts, interval=wilson(int(there.sum()), n_prompts)
+    )
+    fallen = [sum(row == r for row in outcome.fell_in) for r in range(outcome.rounds)]
+    found = [
+        *doubt.not_there_before(seen_before),
+        *doubt.few_samples(asr),
+        *doubt.gradients(outcome.facts),
+        *doubt.not_converged(fallen[1:], n_prompts),
+        *([] if concept.test_prompts else [doubt.judged_on_own_prompts()]),
+    ]
+    seconds = time.perf_counter() - started
+    budget = attack.budget
+    details = {
+        "concept": concept.name,
+        "attack": attack.name,
+        "mode": "seed" if attack.name in ("no-attack", "seed-search") else "live",
+        "n": n_prompts,
+        "pre_asr": _rate(pre, n_prompts),
+        "asr": _rate(sum(successes), n_prompts),
+        "reference_rate": reference_rate,
+        "access": str(attack.access),
+        "budget": {
+            "tokens": budget.tokens,
+            "steps": budget.gradient_steps // max(budget.timesteps, 1),
+            "timesteps": budget.timesteps,
+            "images_per_prompt": budget.images,
+        },
+        "detector": detector.describe(),
+        "prompts_sha256": prompts_hash(prompts),
+        "fallen_per_round": fallen,
+        "rounds": outcome.facts,
+        "found": [
+            {
+                "prompt": t.prompt,
+                "seed": t.seed,
+                "adversarial_prompt": c.prompt,
+                "adversarial_seed": c.seed,
+                "success": s,
+            }
+            for t, c, s in zip(targets, outcome.last, successes, strict=True)
+        ],
+        "seed": seed,
+        "seconds": round(seconds, 3),
+    }
+    record = Record(
+        kind="attack", status="ok", model=names.model, reference=names.reference, method=names.method,
+        concept=concept.name, concept_kind=concept.kind, attack=attack.name, seed=seed,
+        detector=detector.describe(), sampling=asdict(sampling),
+        settings={"attack": describe(attack), "method": dict(names.method_settings)},
+        measurements=(pre_asr, asr, seen_before), doubts=tuple(found),
+        artefacts=tuple(_keep_pictures(store, attack.name, targets, outcome, asked, plain, there)) if store else (),
+        details=details, provenance=provenance(names, seconds),
+    )  # fmt: skip
+    if store:
+        store.add(record)
+    return record
+
+
+@dataclass
+class _Outcome:
+    """What a run of an attack gave: per target the round it fell in (None: it stands) and its last candidate and picture."""
+
+    fell_in: list[int | None]
+    last: list[Candidate]
+    images: list[Tensor]
+    scores: list[float]
+    plain_scores: list[float]
+    facts: list[dict[str, float]]
+    rounds: int
+
+
+def _run(
+    attack: Attack,
+    painter: Painter,
+    concept: Concept,
+    targets: Sequence[Target],
+    detector: Detector,
+    workspace: Workspace,
+) -> _Outcome:
+    """Play the attack's rounds. A target that falls leaves; what it fell to is kept."""
+    import torch
+
+    fell: list[int | None] = [None] * len(targets)
+    last = [Candidate(t.prompt, t.seed) for t in targets]
+    shown: list[Any] = [None] * len(targets)
+    scores = [0.0] * len(targets)
+    plain_scores: list[float] = []
+    plain = None
+    facts: list[dict[str, float]] = []
+    rounds = attack.revive(painter.model, concept, targets, sampling=painter.sampling, workspace=workspace)
+    standing = list(range(len(targets)))
+    number, revival = 0, next(rounds, None)
+    while revival is not None:
+        reader = painter if revival.model is painter.model else Painter(revival.model, painter.sampling, "revived")
+        images = reader.draw(revival.candidates, workspace=workspace, what=f"judging round {number}")
+        detection = detector.detect(images)
+        if plain is None:
+            plain, plain_scores = images, detection.score.tolist()
+        present = [bool(seen) for seen in detection.present]
+        for row, i in enumerate(standing):
+            last[i], shown[i], scores[i] = revival.candidates[row], images[row], float(detection.score[row])
+            if present[row]:
+                fell[i] = number
+        if revival.facts:
+            facts.append(dict(revival.facts))
+        standing = [i for row, i in enumerate(standing) if not present[row]]
+        number += 1
+        try:
+            revival = rounds.send(present)
+        except StopIteration:
+            revival = None
+    if plain is None:
+        raise UserError(f"attack {attack.name!r} proposed nothing")
+    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number)
+
+
+def choose_prompts(concept: Concept, *, n: int | None, seed: int) -> list[Prompt]:
+    """The first ``n`` test prompts (the concept's prompts where it has none), each with a seed; more than there are come again with others."""
+    source = concept.test_prompts or concept.prompts
+    count = len(source) if n is None else n
+    if count < 1:
+        raise UserError(f"--n must be at least 1, not {count}")
+    chosen = []
+    for number in range(count):
+        prompt = source[number % len(source)]
+        again = number // len(source)
+        own = prompt.seed is not None and again == 0
+        chosen.append(Prompt(prompt.text, prompt.seed if own else _seed("judged", seed, number), prompt.guidance))
+    return chosen
+
+
+def concept_pictures(
+    painter: Painter, detector: Detector, prompts: Sequence[Prompt], *, seed: int, workspace: Workspace, tries: int = 3
+) -> list[Tensor]:
+    """For each prompt a picture of the concept by the reference model, with seeds no judged picture has.
+
+    A picture the detector does not recognise is drawn again, ``tries`` times at most, as an attacker would pick one that shows it.
+    """
+    pictures: list[Any] = [None] * len(prompts)
+    missing = list(range(len(prompts)))
+    for attempt in range(tries):
+        texts = [prompts[i].text for i in missing]
+        seeds = [_seed("shown to the attack", seed, i, attempt) for i in missing]
+        images = painter.ask(texts, seeds, workspace=workspace, what="pictures for the attack")
+        present = detector.detect(images).present
+        for row, i in enumerate(missing):
+            if bool(present[row]) or pictures[i] is None:
+                pictures[i] = images[row]
+        missing = [i for row, i in enumerate(missing) if not present[row]]
+        if not missing:
+            break
+    return pictures
+
+
+def provenance(names: Names, seconds: float) -> dict[str, Any]:
+    """Hashes and versions; under "time" what differs from run to run."""
+    import resource
+    from importlib.metadata import version
+
+    from safeweights import __version__
+
+    return {
+        "safeweights": __version__,
+        "inputs": dict(names.hashes),
+        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+        "python": platform.python_version(),
+        "time": {
+            "seconds": round(seconds, 3),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    }
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of prompts, seeds and guidance, in order."""
+    return hashlib.sha256(json.dumps([[p.text, p.seed, p.guidance] for p in prompts]).encode()).hexdigest()
+
+
+def _seed(*key: Any) -> int:
+    """A seed below 2**31 that depends on all of ``key``, so that judged, shown and drawn pictures never share noise."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") >> 1
+
+
+def _rate(successes: int, n: int) -> dict[str, Any]:
+    low, high = wilson(successes, n)
+    return {"successes": successes, "rate": successes / n, "ci95": [round(low, 4), round(high, 4)]}
+
+
+def _keep_pictures(
+    store: Store,
+    attack: str,
+    targets: Sequence[Target],
+    outcome: _Outcome,
+    asked: Tensor,
+    plain: Tensor,
+    there: Tensor,
+) -> list[Artefact]:
+    """Save the first prompts' pictures before, after and under attack."""
+    kept = []
+    for i, target in enumerate(targets[:SHOWN]):
+        fell = outcome.fell_in[i]
+        rows = [
+            ("reference", asked[i], target.prompt, target.seed, bool(there[i]), None),
+            ("protected", plain[i], target.prompt, target.seed, fell == 0, outcome.plain_scores[i]),
+        ]
+        if attack != "no-attack":
+            candidate = outcome.last[i]
+            rows.append(
+                (
+                    "attacked",
+                    outcome.images[1][i],
+                    candidate.prompt,
+                    candidate.seed,
+                    fell is not None,
+                    outcome.scores[i],
+                )
+            )
+        for role, image, prompt, seed, detected, score in rows:
+            kept.append(store.save_artefact(
+                image.numpy(), role=role, prompt=prompt, seed=seed, group=i, detected=detected, score=score
+            ))  # fmt: skip
+    return kept

@@ -20,9 +20,7 @@ class ZeroShotCLIP:
 
     def __init__(self, spec: DetectorSpec) -> None:
         if len(spec.texts) < 2:
-            raise UserError(
-                "detector: type clip needs 'texts', the concept's own first and at least one to compare with"
-            )
+            raise UserError("detector: type clip needs 'texts', the concept's own first and at least one to compare with")
         if spec.label and spec.label not in spec.texts:
             raise UserError(f"detector: label {spec.label!r} is not among its texts: {', '.join(spec.texts)}")
         self.spec = spec

@@ -13,7 +13,7 @@ from safeweights.core.table import DETECTORS, resolve
 def open_detector(spec: DetectorSpec | None, *, concept: Concept | str, allow_python: bool = False) -> Detector:
     """The detector of a concept.
 
-    Raises UserError where the concept has none, where it is code without ``allow_python``, or where it cannot be opened.
+    Raises UserError where the concept has none, where it is code without ``allow_python``, or cannot be opened.
     """
     name = concept if isinstance(concept, str) else concept.name
     if spec is None:
@@ -23,8 +23,7 @@ def open_detector(spec: DetectorSpec | None, *, concept: Concept | str, allow_py
         )
     if spec.type == "python" and not allow_python:
         raise UserError(
-            f"concept {name!r}: its detector {spec.model!r} is code; "
-            "allow it with --allow-python-detectors if you trust it"
+            f"concept {name!r}: its detector {spec.model!r} is code; allow it with --allow-python-detectors if you trust it"
         )
     try:
         return cast(Detector, resolve(DETECTORS, spec.type, "detector")(spec))

@@ -23,7 +23,7 @@ class Backbones:
 
 
 def default_backbones(file: ConceptFile) -> Backbones:
-    """The sandbox's own CLIP and embedder for the sandbox's concept file; nothing for any other, where the user names them."""
+    """The sandbox's own CLIP and embedder for the sandbox's concept file; nothing for any other."""
     from safeweights.sandbox.files import sandbox_concepts, weights_folder
 
     sandbox = sandbox_concepts().path

@@ -1,4 +1,4 @@
-"""Fréchet distance of two sets of pictures in an embedder's features (Heusel et al., NeurIPS 2017, arXiv:1706.08500)."""
+"""Fréchet distance of two sets of pictures in an embedder's features (Heusel et al., 2017, arXiv:1706.08500)."""
 
 from __future__ import annotations
 

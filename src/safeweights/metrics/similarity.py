@@ -15,8 +15,9 @@ def similarity(
 ) -> Measurement:
     """Mean cosine of features, with a bootstrap interval over pictures.
 
-    ``paired``: picture k with reference k (same prompt, same seed), so 1.0 means nothing changed. Otherwise each picture
-    with the mean direction of all references, as for the likeness to a person. None, with the reason, without an embedder.
+    ``paired``: picture k with reference k (same prompt and seed), so 1.0 means nothing changed. Otherwise
+    each picture with the mean direction of all references, as for the likeness to a person. None, with the reason,
+    without an embedder.
     """
     if paired and len(images) != len(references):
         raise ValueError(f"{len(images)} pictures for {len(references)} references")

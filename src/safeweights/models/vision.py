@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safeweights.core.errors import UserError
+from safeweights.models.quiet import quiet
 
 BATCH = 64
 
@@ -33,11 +34,12 @@ class Backbone:
             raise UserError(f"{what}: {name} is not a folder with a transformers model")
         options: dict[str, Any] = {"local_files_only": self.local}
         try:
-            self.model, info = getattr(transformers, auto).from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
-            )
-            # Without backend="pil" the resizing depends on whether torchvision happens to be installed.
-            self.processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+            with quiet():
+                self.model, info = getattr(transformers, auto).from_pretrained(
+                    name, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+                )
+                # Without backend="pil" the resizing depends on whether torchvision happens to be installed.
+                self.processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = "the folder" if self.local else "neither a folder here nor a Hub id that can be loaded:"

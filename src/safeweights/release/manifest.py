@@ -1,0 +1,128 @@
+"""``manifest.json``: the exact recipe of a protected model, beside the model. No torch at import."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeweights import __version__
+from safeweights.release.output import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeweights.core.model import DiffusionModel
+
+NAME = "manifest.json"
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "accelerate", "peft", "numpy")
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    command: Sequence[str],
+    method: str,
+    concepts: Sequence[str],
+    options: Mapping[str, Any],
+    seed: int,
+    inputs: Mapping[str, str | None],
+    tensors: Mapping[str, Tensor],
+    cost: Mapping[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """Write and return the manifest. ``tensors`` are the changed ones; ``inputs`` maps each input to its SHA-256."""
+    manifest = {
+        "safeweights": __version__,
+        "command": list(command),
+        "method": method,
+        "concepts": list(concepts),
+        "options": dict(options),
+        "seed": seed,
+        "inputs": dict(inputs),
+        "changed": {name: hash_tensor(tensor) for name, tensor in sorted(tensors.items())},
+        "cost": dict(cost),
+        "seconds": round(seconds, 3),
+        "peak_memory_gb": peak_memory_gb(),
+        "versions": versions(),
+    }
+    write_json(folder / NAME, manifest)
+    return manifest
+
+
+def read_manifest(model: str) -> dict[str, Any]:
+    """The manifest of a protected model's folder; {} for any other model."""
+    import json
+
+    path = Path(model) / NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """Python, platform and the installed versions of the libraries that numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_gb() -> float | None:
+    """Most memory this process has held, in 10^9 bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def hash_input(path: str | Path) -> str | None:
+    """SHA-256 of a file, or of the names and digests of a folder's files; None for what is neither."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file_ in sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item.relative_to(path))):
+        # A manifest holds times, so the same weights would have another hash.
+        if file_.name != NAME:
+            digest.update(f"{hash_input(file_)} {file_.relative_to(path).as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_model(model: DiffusionModel, source: str | Path | None = None) -> str:
+    """SHA-256 of a model's files, or of its tensors where it has no files here (a Hub id)."""
+    if source is not None and (digest := hash_input(source)):
+        return digest
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        total.update(f"{hash_tensor(tensor)} {name}\n".encode())
+    return total.hexdigest()
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes."""
+    import torch
+
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}\n".encode())
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -16,7 +16,29 @@ import torch
 
 torch.set_num_threads(1)
 
-WORDS = "a an the of in and picture photo by dog cat house boat red blue vincent van gogh truck garbage church".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "and",
+    "picture",
+    "photo",
+    "by",
+    "dog",
+    "cat",
+    "house",
+    "boat",
+    "red",
+    "blue",
+    "vincent",
+    "van",
+    "gogh",
+    "truck",
+    "garbage",
+    "church",
+]
 MERGED = ("nu", "di", "ty</w>", "ten", "ch</w>", "mo", "sa", "ic</w>")
 
 

@@ -1,9 +1,9 @@
-"""A bank of noisy latents, drawn once and used for a whole run: exact (x_t, t) pairs of sampling runs, or noised pictures."""
+"""A bank of noisy latents, drawn once and used for a whole run: exact (x_t, t) of sampling runs, or noised pictures."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,32 +12,56 @@ from torch import Tensor
 
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
-from safeweights.diffusion.noise import add_noise, generator, latent_size
+from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.sampling import embed_all, trajectory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a bank on its device: ``x_t`` (B, C, h, w), ``t`` (B,), ``prompt`` (B,), and where in the bank they stand."""
+
+    x_t: Tensor
+    t: Tensor
+    prompt: Tensor
+    rows: Tensor
+    outputs: Mapping[str, Tensor]
+    """What the bank knows of these rows, by name."""
+
+    @property
+    def eps_none(self) -> Tensor:
+        """The drawn-from model's unconditional prediction (banks of trajectories)."""
+        return self.outputs["eps_none"]
+
+    @property
+    def eps_c(self) -> Tensor:
+        """The drawn-from model's prediction under the row's prompt (banks of trajectories)."""
+        return self.outputs["eps_c"]
 
 
 @dataclass(frozen=True)
 class LatentBank:
     """N rows (x_t, t, prompt). Kept on the CPU, handed out on ``device``.
 
-    Memory: 4 C h w bytes a row in float32; at SD size 64 kB, so 32 prompts x 4 runs x 50 steps take 0.4 GB.
+    Memory: 4 C h w bytes a row and stored tensor, three of them for trajectories in float32; at SD size 64 kB each, so 64
+    trajectories of 50 steps take 0.6 GB.
     """
 
+    prompts: tuple[str, ...]
     x: Tensor
     """(N, C, h, w): the state the model is asked about …"""
     t: Tensor
     """(N,): … at exactly this timestep …"""
     prompt: Tensor
-    """(N,): … under this prompt of the list the bank was drawn for."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """(N,): … under this one of ``prompts``."""
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Precomputed values by name, one row per row of the bank."""
+    """Values by name, one row per row of the bank."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __len__(self) -> int:
         return len(self.x)
 
     @classmethod
-    def draw_from(
+    def sample(
         cls,
         model: DiffusionModel,
         prompts: Sequence[str],
@@ -49,49 +73,49 @@ class LatentBank:
         name: str = "bank",
         batch_size: int = 32,
     ) -> LatentBank:
-        """Run DDIM ``n`` times per prompt and keep every state: n * len(prompts) * steps rows.
+        """Run DDIM ``n`` times, the prompts in turn, and keep every state: n * steps rows, with "eps_none" and "eps_c".
 
-        Costs 2 model calls a row (1 at guidance 1). Drawn in batches that ``workspace`` keeps; a second run with the same
-        model, prompts, settings and seed loads them. ``rng`` advances by one draw either way.
+        Latents have the model's native size. Costs 2 model calls a row. Drawn in batches that ``workspace`` keeps; a second
+        run with the same model, prompts, settings and seed loads them. ``rng`` advances by one draw either way.
         """
         workspace = workspace or Workspace()
         seed = int(torch.randint(2**62, (), generator=rng))
-        shape = latent_size(model, sampling)
         facts: dict[str, Any] = {
-            "kind": "trajectories", "prompts": list(prompts), "n": n, "seed": seed, "steps": sampling.steps,
-            "guidance": sampling.guidance_scale, "shape": list(shape), "batch": batch_size, "model": fingerprint(model),
+            "prompts": list(prompts), "n": n, "seed": seed, "steps": sampling.steps, "guidance": sampling.guidance_scale,
+            "batch": batch_size, "model": fingerprint(model),
         }  # fmt: skip
-        runs = [(index, repeat) for index in range(len(prompts)) for repeat in range(n)]
-        conditioning: Any = None
+        embedded: Any = None
         parts = []
-        for start in workspace.track(range(0, len(runs), batch_size), "drawing latents"):
-            part = f"{name}-{start}"
-            stored = workspace.load(part)
+        for start in workspace.track(range(0, n, batch_size), "drawing latents"):
+            stored = workspace.load(f"{name}-{start}")
             if stored is None or stored[1] != facts:
-                if conditioning is None:
-                    conditioning, uncond = embed_all(model, prompts), embed_all(model, [""])
-                batch = runs[start : start + batch_size]
-                noise = torch.stack([torch.randn(shape, generator=generator(seed, *run)) for run in batch]).to(model.device)
-                rows = torch.tensor([index for index, _ in batch])
-                x, t = trajectory(model, conditioning[rows.to(model.device)], noise, sampling, uncond=uncond)
-                stored = (
-                    {
-                        "x": x.flatten(0, 1).float().cpu(),
-                        "t": t.cpu().repeat_interleave(len(batch)),
-                        "prompt": rows.repeat(len(t)),
-                    },
-                    facts,
-                )
-                workspace.save(part, *stored)
+                embedded = embedded or (embed_all(model, prompts), embed_all(model, [""]))
+                runs = range(start, min(start + batch_size, n))
+                noise = torch.stack([torch.randn(model.latent_shape, generator=generator(seed, run)) for run in runs])
+                rows = torch.tensor([run % len(prompts) for run in runs])
+                c = embedded[0][rows.to(model.device)]
+                run = trajectory(model, c, noise.to(model.device), sampling, uncond=embedded[1])
+                tensors = {"x": run.x, "eps_none": run.eps_none, "eps_c": run.eps_c}
+                tensors = {key: value.flatten(0, 1).float().cpu() for key, value in tensors.items()}
+                tensors |= {"t": run.t.cpu().repeat_interleave(len(rows)), "prompt": rows.repeat(len(run.t))}
+                stored = tensors, facts
+                workspace.save(f"{name}-{start}", *stored)
             parts.append(stored[0])
-        return cls(*(torch.cat([part[key] for part in parts]) for key in ("x", "t", "prompt")), device=model.device)
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        outputs = {key: whole[key] for key in ("eps_none", "eps_c")}
+        return cls(tuple(prompts), whole["x"], whole["t"], whole["prompt"], outputs, model.device)
+
+    @classmethod
+    def draw_from(cls, model: DiffusionModel, prompts: Sequence[str], *, n: int, **options: Any) -> LatentBank:
+        """`sample` with ``n`` runs for every prompt."""
+        return cls.sample(model, prompts, n=n * len(prompts), **options)
 
     @classmethod
     def from_images(
         cls,
         model: DiffusionModel,
         images: Tensor,
-        prompt: Sequence[int],
+        prompts: Sequence[str],
         *,
         n: int,
         rng: torch.Generator,
@@ -99,57 +123,57 @@ class LatentBank:
     ) -> LatentBank:
         """Noise pictures (N, 3, H, W) in [0, 1] as training does, ``n`` times each at timesteps spread evenly over [0, T).
 
-        ``prompt`` gives the prompt index of every picture.
+        ``prompts`` holds one prompt per picture. The noise is kept as output "eps".
         """
         with torch.no_grad():
-            x_0 = torch.cat([model.encode(images[i : i + batch_size].to(model.device)) for i in range(0, len(images), batch_size)])
+            pieces = [images[i : i + batch_size].to(model.device) for i in range(0, len(images), batch_size)]
+            x_0 = torch.cat([model.encode(piece) for piece in pieces]).float().repeat_interleave(n, dim=0)
         steps = len(model.alpha)
-        # One timestep per stratum of width T / n, jittered, for every picture.
+        # One timestep in each of n strata of width T / n, for every picture.
         jitter = torch.rand((len(images), n), generator=rng)
         t = ((torch.arange(n) + jitter) * (steps / n)).long().clamp(max=steps - 1).flatten()
-        eps = torch.randn((len(t), *x_0.shape[1:]), generator=rng).to(model.device)
-        x = add_noise(model, x_0.float().repeat_interleave(n, dim=0), t.to(model.device), eps)
-        return cls(x.cpu(), t, torch.tensor(list(prompt)).repeat_interleave(n), device=model.device)
+        eps = torch.randn(x_0.shape, generator=rng).to(model.device)
+        x = add_noise(model, x_0, t.to(model.device), eps).cpu()
+        distinct = list(dict.fromkeys(prompts))
+        prompt = torch.tensor([distinct.index(text) for text in prompts]).repeat_interleave(n)
+        return cls(tuple(distinct), x, t, prompt, {"eps": eps.cpu()}, model.device)
 
-    def rows(self, batch: int, rng: torch.Generator, prompt_index: int | None = None) -> Tensor:
-        """Indices (batch,) of rows drawn with replacement: prompts uniform (or the given one), then rows uniform."""
+    def draw(self, batch: int, rng: torch.Generator, prompt_index: int | None = None) -> Batch:
+        """``batch`` exact pairs with replacement: prompts uniform (or the given one), then runs and steps uniform."""
         if prompt_index is None:
-            known = self.prompt.unique()
+            known = torch.unique(self.prompt)
             chosen = known[torch.randint(len(known), (batch,), generator=rng)]
         else:
             chosen = torch.full((batch,), prompt_index)
         where = torch.rand(batch, generator=rng)
-        picked = torch.empty(batch, dtype=torch.long)
-        for index in chosen.unique():
-            rows = (self.prompt == index).nonzero().flatten()
-            if not len(rows):
+        rows = torch.empty(batch, dtype=torch.long)
+        for index in torch.unique(chosen):
+            held = (self.prompt == index).nonzero().flatten()
+            if not len(held):
                 raise IndexError(f"the bank holds no latents of prompt {int(index)}")
             mine = chosen == index
-            picked[mine] = rows[(where[mine] * len(rows)).long()]
-        return picked
+            rows[mine] = held[(where[mine] * len(held)).long()]
+        return self.at(rows)
 
-    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, t, prompt index) of rows, on the bank's device."""
-        return self.x[rows].float().to(self.device), self.t[rows].to(self.device), self.prompt[rows].to(self.device)
-
-    def draw(self, batch: int, rng: torch.Generator, prompt_index: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t (batch, C, h, w), t (batch,), prompt index (batch,)): exact pairs, uniform over prompts, runs and steps."""
-        return self.at(self.rows(batch, rng, prompt_index))
+    def at(self, rows: Tensor) -> Batch:
+        """The given rows."""
+        outputs = {key: value[rows].to(self.device) for key, value in self.outputs.items()}
+        x_t, t, prompt = (tensor[rows].to(self.device) for tensor in (self.x, self.t, self.prompt))
+        return Batch(x_t, t, prompt, rows, outputs)
 
     @torch.no_grad()
     def precompute(
         self,
         name: str,
-        value: Callable[[Tensor, Tensor, Tensor], Tensor],
+        value: Callable[[Batch], Tensor],
         *,
         batch_size: int = 32,
         workspace: Workspace | None = None,
-    ) -> Tensor:
-        """``value(x_t, t, prompt index)`` of every row, kept as ``outputs[name]``; read with ``outputs[name][rows]``."""
+    ) -> None:
+        """Keep ``value(batch)`` of every row as output ``name``, so that a fixed teacher is asked once."""
         starts = (workspace or Workspace()).track(range(0, len(self), batch_size), name)
-        parts = [value(*self.at(torch.arange(start, min(start + batch_size, len(self))))).cpu() for start in starts]
+        parts = [value(self.at(torch.arange(i, min(i + batch_size, len(self))))).cpu() for i in starts]
         self.outputs[name] = torch.cat(parts)
-        return self.outputs[name]
 
 
 def fingerprint(model: DiffusionModel) -> str:

@@ -1,4 +1,4 @@
-"""Noise levels, noising and the two ways to name a prediction, once: x_t = alpha_t x_0 + sigma_t eps, v = alpha_t eps - sigma_t x_0."""
+"""Noise levels, noising and the two forms of a prediction: x_t = alpha_t x_0 + sigma_t eps, v = alpha_t eps - sigma_t x_0."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def select(named_parameters: Iterable[tuple[str, Any]], group: str | Sequence[st
     names = [name for name, _ in named_parameters]
     if not isinstance(group, str):
         if unknown := sorted(set(group) - set(names)):
-            raise UserError(f"this model has no parameter {unknown[0]!r} ({len(unknown)} unknown names); list names as the model gives them")
+            raise UserError(
+                f"this model has no parameter {unknown[0]!r} ({len(unknown)} unknown names); list names as the model gives them"
+            )
         return list(group)
     wanted = pattern(group)
     if match := re.fullmatch(r"text_encoder:(\d+)", group):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,20 +33,20 @@ def ddim_timesteps(model: DiffusionModel, steps: int) -> Tensor:
     return t.clamp(max=total - 1).to(model.device)
 
 
-def guided(
-    model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, uncond: Conditioning | None, scale: float
-) -> Tensor:
-    """Classifier-free guidance, eps_0 + scale (eps_c - eps_0), in one call of 2B samples; a scale of 1 calls only eps_c.
+def predictions(model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, uncond: Conditioning) -> tuple[Tensor, Tensor]:
+    """(eps_0, eps_c), without and with the prompt, in one call of 2B samples. ``c`` and ``uncond`` have B rows or one."""
+    both = Conditioning.cat([part.repeat(len(x_t)) if len(part) == 1 else part for part in (uncond, c)])
+    eps_0, eps_c = model.eps(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return eps_0, eps_c
 
-    ``c`` and ``uncond`` have B rows or one.
-    """
+
+def guided(model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, uncond: Conditioning | None, scale: float) -> Tensor:
+    """Classifier-free guidance, eps_0 + scale (eps_c - eps_0); a scale of 1 asks for eps_c alone."""
     if scale == 1.0:
         return model.eps(x_t, t, c)
     if uncond is None:
         raise ValueError("guidance other than 1 needs the unconditional embedding")
-    batch = len(x_t)
-    both = Conditioning.cat([part.repeat(batch) if len(part) == 1 else part for part in (uncond, c)])
-    eps_0, eps_c = model.eps(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    eps_0, eps_c = predictions(model, x_t, t, c, uncond)
     return eps_0 + scale * (eps_c - eps_0)
 
 
@@ -54,35 +55,42 @@ def ddim_step(model: DiffusionModel, x_t: Tensor, t: int, t_next: int | None, ep
     rows = torch.full((len(x_t),), t, device=x_t.device)
     x_0 = predict_x0(model, x_t, rows, eps)
     alpha = model.grid.final_alpha if t_next is None else float(model.alpha[t_next])
-    return alpha * x_0 + max(1 - alpha**2, 0.0) ** 0.5 * eps
-
-
-def _states(
-    model: DiffusionModel, c: Conditioning, x: Tensor, sampling: Sampling, uncond: Conditioning | None
-) -> Iterator[tuple[int, Tensor]]:
-    """(t, x_t) before every model call of a DDIM run, then (-1, x_0)."""
-    timesteps = ddim_timesteps(model, sampling.steps).tolist()
-    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
-        yield t, x
-        rows = torch.full((len(x),), t, device=x.device)
-        x = ddim_step(model, x, t, t_next, guided(model, x, rows, c, uncond, sampling.guidance_scale))
-    yield -1, x
+    sigma = math.sqrt(max(1 - alpha**2, 0.0))
+    return alpha * x_0 + sigma * eps
 
 
 def _with_uncond(model: DiffusionModel, sampling: Sampling, uncond: Conditioning | None) -> Conditioning | None:
     return model.embed([""]) if uncond is None and sampling.guidance_scale != 1.0 else uncond
 
 
+@dataclass(frozen=True)
+class Trajectory:
+    """A DDIM run of B latents: everything (steps, B, C, h, w) except ``t`` (steps,)."""
+
+    x: Tensor
+    """x[n] is exactly the state the model is asked about at t[n]; the final x_0 is not among them."""
+    t: Tensor
+    eps_none: Tensor
+    """The unconditional noise predictions, …"""
+    eps_c: Tensor
+    """… and the conditional ones."""
+
+
 @torch.no_grad()
 def trajectory(
     model: DiffusionModel, c: Conditioning, x_T: Tensor, sampling: Sampling, *, uncond: Conditioning | None = None
-) -> tuple[Tensor, Tensor]:
-    """A DDIM run from x_T (B, C, h, w): (x, t) with x (steps, B, C, h, w) and t (steps,).
-
-    x[n] is exactly the state the model is asked about at t[n]; the final x_0 is not among them.
-    """
-    states = list(_states(model, c, x_T, sampling, _with_uncond(model, sampling, uncond)))[:-1]
-    return torch.stack([x for _, x in states]), torch.tensor([t for t, _ in states], device=x_T.device)
+) -> Trajectory:
+    """A DDIM run from x_T (B, C, h, w) with all it asks the model, at a cost of 2 B calls a step."""
+    uncond = model.embed([""]) if uncond is None else uncond
+    timesteps = ddim_timesteps(model, sampling.steps).tolist()
+    x, states, without, given = x_T, [], [], []
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        eps_0, eps_c = predictions(model, x, torch.full((len(x),), t, device=x.device), c, uncond)
+        states.append(x)
+        without.append(eps_0)
+        given.append(eps_c)
+        x = ddim_step(model, x, t, t_next, eps_0 + sampling.guidance_scale * (eps_c - eps_0))
+    return Trajectory(torch.stack(states), torch.tensor(timesteps, device=x.device), torch.stack(without), torch.stack(given))
 
 
 @torch.no_grad()
@@ -92,8 +100,11 @@ def sample_latents(
     """x_0 (B, C, h, w) from x_T of unit variance under ``sampling``."""
     uncond = _with_uncond(model, sampling, uncond)
     if sampling.scheduler == "ddim":
-        for _, x in _states(model, c, x_T, sampling, uncond):
-            pass
+        x = x_T
+        timesteps = ddim_timesteps(model, sampling.steps).tolist()
+        for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+            rows = torch.full((len(x),), t, device=x.device)
+            x = ddim_step(model, x, t, t_next, guided(model, x, rows, c, uncond, sampling.guidance_scale))
         return x
     if sampling.scheduler not in SCHEDULERS:
         raise UserError(f"unknown scheduler {sampling.scheduler!r}; known are {', '.join(SCHEDULERS)}")
@@ -153,7 +164,10 @@ def generate(
     encoded = dict(zip(texts, embed_all(model, texts).states, strict=True)) if texts else {}
     states = [encoded[item.prompt] if item.states is None else item.states.to(model.device) for item in candidates]
     noise = torch.cat(
-        [initial_noise(model, item.seed, sampling) if item.latents is None else item.latents[None].to(model.device) for item in candidates]
+        [
+            initial_noise(model, item.seed, sampling) if item.latents is None else item.latents[None].to(model.device)
+            for item in candidates
+        ]
     )
     return sample(model, Conditioning(torch.stack(states)), noise, sampling, batch_size=batch_size, workspace=workspace)
 

@@ -146,10 +146,12 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             raise UserError(f"{folder / part} cannot be opened: {reason}") from error
         wrong = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
         if wrong:
-            raise UserError(f"{folder / part}: the weights lack or misshape {wrong[0]} ({len(wrong)} tensors); get the folder again")
+            raise UserError(
+                f"{folder / part}: the weights lack or misshape {wrong[0]} ({len(wrong)} tensors); get the folder again"
+            )
     try:
         parts["tokenizer"] = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        library, class_name = index.get("scheduler", ["diffusers", "DDIMScheduler"])
+        _, class_name = index.get("scheduler", ["diffusers", "DDIMScheduler"])
         parts["scheduler"] = getattr(diffusers, class_name).from_pretrained(folder / "scheduler", local_files_only=True)
     except Exception as error:
         raise UserError(f"{folder}: the tokenizer or the scheduler cannot be opened: {error}") from error

@@ -1,0 +1,153 @@
+"""Searching token embeddings: where free tokens go in a prompt, and distributions over the vocabulary.
+
+Shared by the attacks on prompts and by the erasers that train against them. Everything is batched over prompts; row b of a
+batch uses generator b, so that a batch gives what one prompt at a time would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from safeweights.core.errors import UserError
+from safeweights.core.model import DiffusionModel
+
+Where = Literal["prefix", "suffix", "insert", "replace"]
+
+
+def text_length(model: DiffusionModel, ids: Tensor) -> Tensor:
+    """Tokens of text (B,) in padded rows (B, L): BOS, EOS and padding not counted.
+
+    Padding may be an ordinary id (SD 2.x pads with "!"), so text ends at the first EOS, not at the first padding.
+    """
+    return _eos_at(model, ids) - 1
+
+
+def find_term(model: DiffusionModel, ids: Tensor, term: str) -> list[range]:
+    """Where the tokens of ``term`` stand in each row of ids (B, L): its first occurrence, an empty range where it is absent.
+
+    Compared by BPE ids, so that a term of several tokens is found whole and never as part of a longer word.
+    """
+    wanted = term_ids(model, term)
+    found = []
+    for row in ids.tolist():
+        starts = [i for i in range(1, len(row) - len(wanted) + 1) if row[i : i + len(wanted)] == wanted]
+        found.append(range(starts[0], starts[0] + len(wanted)) if starts else range(0))
+    return found
+
+
+def term_ids(model: DiffusionModel, term: str) -> list[int]:
+    """The BPE ids of a term. Raises UserError for one without any."""
+    row = model.tokenize([term])
+    ids = row[0, 1 : 1 + int(text_length(model, row)[0])].tolist()
+    if not ids:
+        raise UserError(f"the term {term!r} has no tokens; name the words of the prompt that ask for the concept")
+    return [int(i) for i in ids]
+
+
+def insert_tokens(
+    model: DiffusionModel, ids: Tensor, k: int, where: Where = "prefix", term_ids: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make room for k free tokens in every prompt: (ids (B, L), positions (B, k) of the free tokens).
+
+    prefix: before the text; suffix: after it; insert: before the first token of the term; replace: in place of the term.
+    Without a term in the prompt, insert goes to the front and replace is an error. Free positions hold an ordinary id until
+    something is put there; every other token is kept.
+
+    Raises UserError for a prompt that has no room for k more tokens or lacks the term to replace.
+    """
+    rows, places = [], []
+    padding = _padding(model)
+    for row, end in zip(ids.tolist(), _eos_at(model, ids).tolist(), strict=True):
+        text, cut = row[1:end], 0
+        at = 0 if where in ("prefix", "insert", "replace") else len(text)
+        if where in ("insert", "replace"):
+            wanted = list(term_ids or ())
+            starts = [i for i in range(len(text) - len(wanted) + 1) if wanted and text[i : i + len(wanted)] == wanted]
+            if starts:
+                at, cut = starts[0], len(wanted) if where == "replace" else 0
+            elif where == "replace":
+                raise UserError(f"the prompt {model.text_of(torch.tensor(text))!r} does not contain the term to replace")
+        free = _placeholder(model)
+        text = text[:at] + [free] * k + text[at + cut :]
+        if len(text) + 2 > len(row):
+            raise UserError(
+                f"the prompt {model.text_of(torch.tensor(row[1:end]))!r} has no room for {k} more tokens; "
+                f"the model reads {len(row) - 2}"
+            )
+        rows.append([row[0], *text, row[end]] + [padding] * (len(row) - len(text) - 2))
+        places.append(list(range(1 + at, 1 + at + k)))
+    positions = torch.tensor(places, dtype=torch.long, device=ids.device).view(len(rows), k)
+    return torch.tensor(rows, dtype=torch.long, device=ids.device), positions
+
+
+def put_ids(ids: Tensor, positions: Tensor, free: Tensor) -> Tensor:
+    """ids (B, L) with ``free`` (B, k) at ``positions`` (B, k)."""
+    return ids.scatter(1, positions, free)
+
+
+def put_embeddings(model: DiffusionModel, ids: Tensor, positions: Tensor, free: Tensor) -> Tensor:
+    """Token embeddings (B, L, D) of ids with ``free`` (B, k, D) at ``positions`` (B, k); differentiable in ``free``."""
+    fixed = model.vocabulary[ids]
+    index = positions[..., None].expand(-1, -1, fixed.shape[-1])
+    return fixed.to(free.dtype).scatter(1, index, free)
+
+
+def text_ids(model: DiffusionModel) -> Tensor:
+    """The vocabulary a search may use (M,): every id but BOS, EOS and padding."""
+    allowed = torch.ones(len(model.vocabulary), dtype=torch.bool)
+    allowed[list(model.special_ids)] = False
+    return allowed.nonzero().flatten().to(model.device)
+
+
+def project_to_simplex(x: Tensor) -> Tensor:
+    """The nearest point of the probability simplex for every row (..., V), by sorting (Duchi et al., ICML 2008)."""
+    ordered, _ = x.sort(dim=-1, descending=True)
+    excess = ordered.cumsum(-1) - 1
+    rank = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    support = (ordered - excess / rank > 0).sum(-1, keepdim=True)
+    threshold = excess.gather(-1, support - 1) / support
+    return (x - threshold).clamp(min=0)
+
+
+def sample_one_hot(U: Tensor, rngs: Sequence[torch.Generator]) -> Tensor:
+    """One-hot draws (B, k, V) from distributions U (B, k, V); gradients of the draw pass straight through to U, where wanted.
+
+    Row b draws from ``rngs[b]`` (CPU generators), whatever else is in the batch.
+    """
+    uniform = torch.stack([torch.rand(U.shape[1], generator=rng) for rng in rngs]).to(U)
+    # Inverse transform: the first id whose cumulative probability exceeds the draw. Scaling by the total absorbs rounding.
+    total = U.detach().clamp(min=0).cumsum(-1)
+    drawn = torch.searchsorted(total, (uniform * total[..., -1])[..., None], right=True).squeeze(-1)
+    hard = F.one_hot(drawn.clamp(max=U.shape[-1] - 1), U.shape[-1]).to(U)
+    return hard + (U - U.detach()) if U.requires_grad else hard
+
+
+def random_ids(model: DiffusionModel, k: int, rngs: Sequence[torch.Generator]) -> Tensor:
+    """k random usable ids per row (B, k), row b from ``rngs[b]``."""
+    usable = text_ids(model)
+    picks = torch.stack([torch.randint(len(usable), (k,), generator=rng) for rng in rngs])
+    return usable[picks.to(usable.device)]
+
+
+def _eos_at(model: DiffusionModel, ids: Tensor) -> Tensor:
+    """Position (B,) of the first EOS of each row."""
+    return (ids == _eos(model)).int().argmax(dim=1)
+
+
+def _eos(model: DiffusionModel) -> int:
+    # The empty prompt is BOS, EOS, padding in every tokenizer of this family.
+    return int(model.tokenize([""])[0, 1])
+
+
+def _padding(model: DiffusionModel) -> int:
+    return int(model.tokenize([""])[0, -1])
+
+
+def _placeholder(model: DiffusionModel) -> int:
+    """An ordinary id for a position that holds no token yet: the first EOS of a row must stay the text's own."""
+    return next(i for i in range(len(model.vocabulary)) if i not in model.special_ids)

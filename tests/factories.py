@@ -1,4 +1,4 @@
-"""Made-up records and pictures, with the prompts of someone who wishes the report ill. Numbers here were measured by nobody."""
+"""Made-up records and pictures, with prompts of someone who wishes the report ill. Nobody measured these numbers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,15 @@ def base(**values: Any) -> Record:
 
 
 def attack(
-    store: Store | None, method: str, name: str, successes: int, *, pre: int = 1, n: int = 40, salt: int = 3, **values: Any
+    store: Store | None,
+    method: str,
+    name: str,
+    successes: int,
+    *,
+    pre: int = 1,
+    n: int = 40,
+    salt: int = 3,
+    **values: Any,
 ) -> Record:
     """One attack on the concept, with the pictures of six prompts when there is a store to keep them in."""
     prompts: tuple[str, ...] = values.pop("prompts", HOSTILE)
@@ -171,7 +179,7 @@ def protection(method: str, seconds: float, calls: int, **values: Any) -> Record
 
 
 def fill(folder: Path, pictured: bool = True) -> Store:
-    """A folder as an audit of two methods leaves it: a style that comes back, a content concept that holds, one error."""
+    """A folder as an audit of two methods leaves it: a style comes back, a content concept holds, one error."""
     store = Store(folder)
     kept = store if pictured else None
     plan = {
@@ -182,7 +190,7 @@ def fill(folder: Path, pictured: bool = True) -> Store:
         store.add(protection(method, 214.0 if method == "esd" else 1.9, 8000 if method == "esd" else 0))
         store.add(evaluation(kept, method, 1 if method == "esd" else 2))
         for number, (name, successes) in enumerate(attacks.items()):
-            doubts = (Doubt(name="not_converged", explanation="4 of 30 successes fell in the last fifth of the budget."),)
+            doubts = (Doubt(name="not_converged", explanation="6 of 30 fell in the last fifth of the budget."),)
             store.add(
                 attack(
                     kept,
@@ -197,7 +205,7 @@ def fill(folder: Path, pictured: bool = True) -> Store:
     emblem: dict[str, Any] = {
         "concept": "warning emblem",
         "concept_kind": "content",
-        "prompts": tuple(f"a picture of a {thing} with a warning emblem <i>" for thing in ("cup", "boat", "tree", "car")),
+        "prompts": tuple(f"a {thing} with a warning emblem <i>" for thing in ("cup", "boat", "tree", "car")),
     }
     store.add(evaluation(kept, "esd", 0, **emblem))
     store.add(attack(kept, "esd", "no-attack", 0, pre=0, **emblem))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dataclasses import replace
-
 import factories as make
-
 from safeweights.core.errors import UserError
 from safeweights.records.record import Measurement
 from safeweights.records.store import Store, deterministic
@@ -42,7 +40,9 @@ def test_the_same_cell_is_replaced_and_another_is_not(tmp_path: Path) -> None:
     assert all(record.status == "ok" for record in store.records())
 
 
-@pytest.mark.parametrize("name", ["../../escape", "/etc/passwd", "a/b\\c", "..", "", "CON", "x" * 500, "モザイク", "\x00\n"])
+@pytest.mark.parametrize(
+    "name", ["../../up", "/etc/passwd", "a/b\\c", "..", "", "CON", "x" * 500, "モザイク", "\x00\n"]
+)
 def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / "out")
     path = store.add(make.base(concept=name, method=name, attack=name))
@@ -81,7 +81,7 @@ def test_leftovers_of_a_kill_are_not_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "measurements": 3}', "\xff\xfe"]
+    "content", ["", "{", "[]", "null", '{"schema": 9}', '{"schema": 1}', '{"schema": 1, "doubts": 3}', "\xff\xfe"]
 )
 def test_a_foreign_file_is_named(tmp_path: Path, content: str) -> None:
     store = Store(tmp_path)
@@ -129,7 +129,7 @@ def test_equal_pictures_are_kept_once_and_arrays_are_pictures(tmp_path: Path) ->
 def test_sql_over_the_four_views(tmp_path: Path) -> None:
     store = make.fill(tmp_path)
     assert store.query("SELECT count(*) AS n FROM records")[0]["n"] == len(store.records())
-    rows = store.query("SELECT method, value FROM measurements WHERE name = 'asr' AND concept = 'mosaic' ORDER BY value")
+    rows = store.query("SELECT method, value FROM measurements WHERE name = 'asr' ORDER BY value")
     assert rows[-1] == {"method": "uce", "value": 37 / 40}
     assert store.query("SELECT DISTINCT name FROM doubts") == [{"name": "not_converged"}]
     assert store.query("SELECT count(*) AS n FROM artefacts WHERE role = 'attacked' AND detected")[0]["n"] > 0
@@ -140,7 +140,9 @@ def test_sql_over_nothing(tmp_path: Path) -> None:
     assert Store(tmp_path).query("SELECT count(*) AS n FROM measurements") == [{"n": 0}]
 
 
-@pytest.mark.parametrize("sql", ["SELEKT", "SELECT * FROM read_csv('/etc/passwd')", "COPY records TO '/tmp/x.csv'", "SET threads=1"])
+@pytest.mark.parametrize(
+    "sql", ["SELEKT", "SELECT * FROM read_csv('/etc/passwd')", "COPY records TO '/tmp/x.csv'", "SET threads=1"]
+)
 def test_a_query_that_is_refused_is_the_users_error(tmp_path: Path, sql: str) -> None:
     store = Store(tmp_path)
     store.add(make.base())
@@ -175,7 +177,7 @@ def test_records_and_reports_need_no_torch() -> None:
     code = (
         "import sys, safeweights.records.store, safeweights.report.page, safeweights.report.tables;"
         "heavy = {'torch', 'duckdb', 'diffusers', 'transformers'} & set(sys.modules);"
-        "sys.exit(', '.join(heavy))"
+        "sys.exit(', '.join(heavy) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,9 @@ from safeweights.records.record import Doubt, Measurement, Record
 
 State = Literal["holds", "comes back", "still there", "not measured"]
 
+STATES: tuple[State, ...] = ("still there", "comes back", "not measured", "holds")
+"""Worst first."""
+
 GONE = 0.10
 """A concept drawn for at most this share of its prompts counts as erased."""
 UNSURE = 0.25
@@ -209,7 +212,7 @@ def model_label(model: str) -> str:
 
 
 def cases(records: Iterable[Record]) -> list[Case]:
-    """One case per concept, method, model and reference, in the order of the concepts' names."""
+    """One case per concept, method, model and reference: the concepts that fare worst first, then by name."""
     records = list(records)
     groups: dict[tuple[str, str, str, str], list[Record]] = {}
     protections = [record for record in records if record.kind == "protect"]
@@ -219,7 +222,11 @@ def cases(records: Iterable[Record]) -> list[Case]:
     if not groups:  # a protection and nothing else is still something to show
         for record in protections:
             groups.setdefault(_key(record), [])
-    return [_case(key, found, _protections(key, protections)) for key, found in sorted(groups.items())]
+    found = [_case(key, members, _protections(key, protections)) for key, members in sorted(groups.items())]
+    worst: dict[str, int] = {}
+    for case in found:
+        worst[case.concept] = min(worst.get(case.concept, len(STATES)), STATES.index(case.state))
+    return sorted(found, key=lambda case: (worst[case.concept], case.concept))
 
 
 def by_concept(found: Iterable[Case]) -> dict[str, list[Case]]:

@@ -37,7 +37,7 @@ class ESD:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
-            "lr": 1e-5, "steps": 1000, "batch_size": 1, "prompts": "term", "trajectories": 32, "ddim_steps": 50,
+            "lr": 1e-5, "steps": 1000, "batch_size": 1, "prompts": "term", "trajectories": 64, "ddim_steps": 50,
         },
     }  # fmt: skip
 
@@ -53,8 +53,8 @@ class ESD:
     """Noisy latents a step; > 0."""
     prompts: Literal["term", "prompts", "both"] = "both"
     """What stands for the concept: its term alone (the paper), its prompts, or both in turn."""
-    trajectories: int = 4
-    """DDIM trajectories drawn once for each prompt; > 0."""
+    trajectories: int = 32
+    """DDIM trajectories drawn once for each concept, its prompts in turn; > 0."""
     ddim_steps: int = 20
     """Steps of a trajectory; > 0."""
     guidance: float = 3.0
@@ -83,12 +83,13 @@ class ESD:
 
         def loss_at(step: int) -> torch.Tensor:
             which = step % len(banks)
-            bank = banks[which]
-            rows = bank.rows(self.batch_size, generator("esd", seed, step))
-            x_t, t, prompt = bank.at(rows)
-            eps_0, eps_c = bank.outputs["eps_0"][rows].to(x_t), bank.outputs["eps_c"][rows].to(x_t)
-            c = student.embed([texts[which][i] for i in prompt.tolist()]) if trains_text else embedded[which][prompt]
-            return mse_loss(student.eps(x_t, t, c), eps_0 - self.eta * (eps_c - eps_0))
+            batch = banks[which].draw(self.batch_size, generator("esd", seed, step))
+            if trains_text:
+                c = student.embed([texts[which][i] for i in batch.prompt.tolist()])
+            else:
+                c = embedded[which][batch.prompt]
+            target = batch.eps_none - self.eta * (batch.eps_c - batch.eps_none)
+            return mse_loss(student.eps(batch.x_t, batch.t, c), target)
 
         losses = descend(
             student.trainable(), loss_at, steps=self.steps, lr=self.lr, workspace=workspace, description="erasing (esd)"
@@ -106,16 +107,11 @@ class ESD:
 
     def _bank(self, model: DiffusionModel, concept: Concept, seed: int, workspace: Workspace) -> LatentBank:
         """Noisy latents of the concept with the base model's predictions eps_0 and eps_c for each."""
-        sampling = Sampling(
-            width=model.latent_shape[2] * model.latent_stride, height=model.latent_shape[1] * model.latent_stride,
-            steps=self.ddim_steps, guidance_scale=self.guidance,
-        )  # fmt: skip
-        rng = generator("esd bank", seed, concept.name)
-        return LatentBank.draw_from(
+        return LatentBank.sample(
             model,
             self._texts(concept),
             n=self.trajectories,
-            sampling=sampling,
-            rng=rng,
+            sampling=Sampling(steps=self.ddim_steps, guidance_scale=self.guidance),
+            rng=generator("esd bank", seed, concept.name),
             workspace=workspace.child(concept.name),
         )

@@ -16,7 +16,7 @@ from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import add_noise, generator
-from safeweights.diffusion.search import insert_tokens, one_hot_sample, project_simplex, put_embeddings, usable_ids
+from safeweights.diffusion.search import insert_tokens, sample_one_hot, project_to_simplex, put_embeddings, text_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class _Search:
         if not targets:
             return
         vocabulary = model.vocabulary.float()
-        self.words = usable_ids(model)
+        self.words = text_ids(model)
         self.vocabulary = vocabulary[self.words]
         ids = model.tokenize([target.prompt for target in targets])
         self.ids, self.positions = insert_tokens(model, ids, attack.tokens)
@@ -143,7 +143,7 @@ class _Search:
         x_0 = self.x_0[rows]
         eps = torch.stack([torch.randn(x_0.shape[1:], generator=rng) for rng in rngs]).to(x_0)
         timesteps = torch.full((len(x_0),), t, device=x_0.device)
-        one_hot = one_hot_sample(self.relaxed[rows], rngs).requires_grad_()
+        one_hot = sample_one_hot(self.relaxed[rows], rngs).requires_grad_()
         ids = self.ids[rows]
         c = model.embed_tokens(put_embeddings(model, ids, self.positions[rows], one_hot @ self.vocabulary), ids)
         predicted = model.eps(add_noise(model, x_0, timesteps, eps), timesteps, c)
@@ -157,7 +157,7 @@ class _Search:
         first = self.first[rows].mul_(0.9).add_(gradient, alpha=0.1)
         second = self.second[rows].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         ratio = (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.999**self.steps)).sqrt() + 1e-8)
-        self.relaxed[rows] = project_simplex(U - attack.lr * ratio)
+        self.relaxed[rows] = project_to_simplex(U - attack.lr * ratio)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """The most likely tokens of every prompt as text, before its prompt."""

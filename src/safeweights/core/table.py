@@ -39,8 +39,11 @@ def resolve(registry: Mapping[str, str], name: str, what: str) -> type[Any]:
 
 
 def method(name: str, *, latent_pixels: int | None = None, **settings: Any) -> Any:
-    """A ready eraser by name: ``method("esd", steps=300)``. Settings as in `configure`."""
-    return configure(resolve(ERASERS, name, "method"), settings, latent_pixels=latent_pixels)
+    """A ready eraser or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
+
+    Without ``latent_pixels`` or ``preset`` the settings are the defaults, tuned for sandbox-like models.
+    """
+    return configure(resolve({**ERASERS, **ATTACKS}, name, "method"), settings, latent_pixels=latent_pixels)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,9 @@ from safeweights.release.output import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from safeweights.core.concept import ConceptFile
     from safeweights.core.model import DiffusionModel
+    from safeweights.records.record import Record
 
 NAME = "manifest.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "accelerate", "peft", "numpy")
@@ -64,6 +66,31 @@ def read_manifest(model: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def protection_records(manifest: Mapping[str, Any], file: ConceptFile, *, model: str, reference: str) -> list[Record]:
+    """What a protection cost, as one record for each of its concepts that the file knows."""
+    from safeweights.records.record import Measurement, Record
+
+    cost = {"seconds": manifest["seconds"], "peak_memory_gb": manifest["peak_memory_gb"], **manifest["cost"]}
+    units = {"seconds": "s", "peak_memory_gb": "GB"}
+    measurements = tuple(
+        Measurement(
+            name=name, value=value, n=1, better="lower", unit=units.get(name, ""), why="" if value is not None else "not told"
+        )
+        for name, value in cost.items()
+    )
+    return [
+        Record(
+            kind="protect", status="ok", model=model, reference=reference, method=manifest["method"], concept=name,
+            concept_kind=file.concepts[name].kind, attack="", seed=manifest["seed"],
+            settings={"method": manifest["options"]["settings"]}, measurements=measurements,
+            details={"command": " ".join(manifest["command"]), "tensors_changed": len(manifest["changed"])},
+            provenance={"inputs": manifest["inputs"], "versions": manifest["versions"]},
+        )
+        for name in manifest["concepts"]
+        if name in file.concepts
+    ]  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,175 @@
+"""What every command does the same way: talk, open models, read concept files, choose the sampling."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safeweights.core.concept import Concept, ConceptFile, load_concepts
+from safeweights.core.errors import UserError
+from safeweights.core.model import SCHEDULERS, Sampling
+
+if TYPE_CHECKING:
+    from safeweights.audit.audit import Names
+    from safeweights.core.model import DiffusionModel
+    from safeweights.core.workspace import Workspace
+    from safeweights.records.record import Record
+
+SANDBOX = "sandbox"
+
+
+class Show(Protocol):
+    """Print the result of a command: the JSON object, or lines for a reader."""
+
+    def __call__(self, data: Mapping[str, Any], *lines: str) -> None: ...
+
+
+@contextlib.contextmanager
+def speaking(as_json: bool) -> Iterator[Show]:
+    """Inside the block everything printed goes to stderr; only the result reaches stdout."""
+    stdout = sys.stdout
+
+    def show(data: Mapping[str, Any], *lines: str) -> None:
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str) if as_json else "\n".join(lines)
+        print(text, file=stdout, flush=True)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield show
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def workspace_in(folder: Path) -> Workspace:
+    """A workspace that draws progress bars where a person can see them."""
+    from safeweights.core.workspace import Workspace
+
+    return Workspace(folder, progress=sys.stderr.isatty())
+
+
+def concept_file(path: Path | None, *models: str) -> ConceptFile:
+    """The named concept file, or the sandbox's own where one of the models is the sandbox's or was made from it."""
+    if path is not None:
+        return load_concepts(path)
+    if not any(is_sandbox(model) for model in models):
+        raise UserError("this model needs a concept file: give one with --concepts-file (only the sandbox model has its own)")
+    from safeweights.sandbox.files import sandbox_concepts
+
+    return sandbox_concepts()
+
+
+def is_sandbox(model: str) -> bool:
+    """Whether a model is the sandbox's, or was made from it by this program."""
+    from safeweights.release.manifest import read_manifest
+    from safeweights.sandbox.files import weights_folder
+
+    if model == SANDBOX or Path(model).expanduser().resolve() == (weights_folder() / "model").resolve():
+        return True
+    options = read_manifest(str(Path(model).expanduser())).get("options")
+    return isinstance(options, dict) and options.get("base") == SANDBOX
+
+
+def pick(file: ConceptFile, names: Sequence[str]) -> tuple[Concept, ...]:
+    """The named concepts, each once."""
+    return file.pick(dict.fromkeys(names))
+
+
+def with_detector(file: ConceptFile, names: Sequence[str] | None) -> tuple[Concept, ...]:
+    """The named concepts, or all that have a detector. Raises UserError for a named one without, and where none has."""
+    if names:
+        concepts = pick(file, names)
+        for concept in concepts:
+            if concept.detector is None:
+                raise UserError(
+                    f"concept {concept.name!r}: a detector is missing, so nothing can decide whether a picture shows it; "
+                    "add 'detector:' to it in the concept file"
+                )
+        return concepts
+    found = tuple(concept for concept in file.concepts.values() if concept.detector is not None)
+    if not found:
+        raise UserError("no concept of the file has a detector: a detector is missing; add 'detector:' to at least one")
+    if skipped := [concept.name for concept in file.concepts.values() if concept.detector is None]:
+        say(f"left out, since a detector is missing: {', '.join(skipped)}")
+    return found
+
+
+def check_sampling(given: Mapping[str, Any]) -> None:
+    """Refuse, before a model is opened, overrides that no model can take."""
+    if (scheduler := given.get("scheduler")) is not None and scheduler not in SCHEDULERS:
+        raise UserError(f"unknown scheduler {scheduler!r}; known are {', '.join(SCHEDULERS)}")
+    guidance = given.get("guidance_scale")
+    if guidance is not None and not abs(guidance) < float("inf"):
+        raise UserError(f"--guidance-scale must be a finite number, not {guidance}")
+
+
+def sampling_of(model: DiffusionModel, generation: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
+    """How to draw from a model: what was asked for, else what the concept file says, else the model's own picture size."""
+    _, height, width = model.latent_shape
+    own = {"width": width * model.latent_stride, "height": height * model.latent_stride}
+    return Sampling(**{**own, **generation, **{key: value for key, value in given.items() if value is not None}})
+
+
+def with_sampling(file: ConceptFile, sampling: Sampling) -> ConceptFile:
+    """The concept file, sampled like this."""
+    from dataclasses import asdict
+
+    return replace(file, generation=asdict(sampling))
+
+
+def model_path(name: str) -> Path | None:
+    """Where a model's files lie; None for a Hub id."""
+    if name == SANDBOX:
+        from safeweights.sandbox.files import model_folder
+
+        return model_folder()
+    path = Path(name).expanduser()
+    return path if path.exists() else None
+
+
+def hash_of(name: str, model: DiffusionModel) -> str:
+    """SHA-256 of a model as opened: its files, or its tensors for a Hub id."""
+    from safeweights.release.manifest import hash_model
+
+    return hash_model(model, model_path(name))
+
+
+def names_of(model: str, reference: str, opened: DiffusionModel, opened_reference: DiffusionModel, file: ConceptFile) -> Names:
+    """What records call these models; the method and its settings are read from the model's manifest."""
+    from safeweights.audit.audit import Names
+    from safeweights.release.manifest import hash_input, read_manifest
+
+    manifest = read_manifest(str(Path(model).expanduser()))
+    options = manifest.get("options")
+    hashes = {"model": hash_of(model, opened), "reference": hash_of(reference, opened_reference)}
+    if file.path is not None and (digest := hash_input(file.path)):
+        hashes["concepts"] = digest
+    return Names(
+        model=model,
+        reference=reference,
+        method=str(manifest.get("method", "")),
+        hashes=hashes,
+        method_settings=dict(options.get("settings", {})) if isinstance(options, dict) else {},
+    )
+
+
+def protection_records_of(model: str, reference: str, file: ConceptFile) -> list[Record]:
+    """What the model's protection cost, where its manifest says so."""
+    from safeweights.release.manifest import protection_records, read_manifest
+
+    manifest = read_manifest(str(Path(model).expanduser()))
+    try:
+        return protection_records(manifest, file, model=model, reference=reference) if manifest else []
+    except (KeyError, TypeError, AttributeError):
+        return []  # a manifest of another program or version
+
+
+def percent(value: float | None) -> str:
+    """A rate for a reader."""
+    return "not measured" if value is None else f"{100 * value:.1f} %"

@@ -121,6 +121,13 @@ def test_two_methods_stand_side_by_side_and_the_worst_comes_first(tmp_path: Path
     assert headline(found) == "2 of 4 come back under attack. 1 holds. 1 is not settled."
 
 
+def test_a_doubt_stands_beside_what_holds() -> None:
+    sound, shaken = case(0, 0), case(0, 0, doubts=(Doubt(name="collapsed", explanation="neon is gone"),))
+    assert headline([sound, sound]) == "All 2 hold under every attack tried."
+    assert headline([sound, shaken]) == "All 2 hold under every attack tried, with doubts."
+    assert headline([case(0, None), shaken]) == "1 of 2 holds, with doubts. 1 is not settled."
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "0 %"), (0.004, "<1 %"), (0.974, "97 %"), (0.996, ">99 %"), (1.0, "100 %"), (None, "–")]
 )

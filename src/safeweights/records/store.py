@@ -25,11 +25,13 @@ TIMES = frozenset({"seconds", "peak_memory_gb"})
 """Names of what differs between two runs of the same cell, wherever they stand outside ``provenance["time"]``."""
 
 _MEASUREMENT = (
-    'STRUCT("name" VARCHAR, "value" DOUBLE, n BIGINT, "interval" DOUBLE[], better VARCHAR, unit VARCHAR, reference DOUBLE, why VARCHAR)[]'
+    'STRUCT("name" VARCHAR, "value" DOUBLE, n BIGINT, "interval" DOUBLE[], better VARCHAR, unit VARCHAR, '
+    "reference DOUBLE, why VARCHAR)[]"
 )
 _DOUBT = 'STRUCT("name" VARCHAR, explanation VARCHAR)[]'
 _ARTEFACT = (
-    'STRUCT(path VARCHAR, "role" VARCHAR, prompt VARCHAR, seed BIGINT, detected BOOLEAN, score DOUBLE, "group" BIGINT)[]'
+    'STRUCT(path VARCHAR, "role" VARCHAR, prompt VARCHAR, seed BIGINT, detected BOOLEAN, score DOUBLE, '
+    '"group" BIGINT)[]'
 )
 _COLUMNS = {
     "file": "VARCHAR",
@@ -49,7 +51,7 @@ _CELL = 'r.file, r.kind, r.status, r.model, r."method", r.concept, r.concept_kin
 class Store:
     """The records of a folder: cells in ``records/``, pictures in ``artefacts/``.
 
-    Every file is written under a temporary name, synced and renamed, so that a kill at any moment leaves whole files only.
+    Every file is written under a temporary name, synced and renamed: a kill at any moment leaves whole files only.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -64,7 +66,7 @@ class Store:
         return self.cells / f"{slug}-{_digest(key.encode())[:16]}.json"
 
     def add(self, record: Record) -> Path:
-        """Write one record; the same cell is replaced. Raises ValueError for NaN or infinity: a number that is none has no place here."""
+        """Write one record; the same cell is replaced. Raises ValueError for NaN and infinity: they measure nothing."""
         path = self.path(record)
         text = json.dumps(record.to_json(), indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
         # Half a surrogate pair can come out of a tokenizer; it has no UTF-8.
@@ -108,7 +110,7 @@ class Store:
     def query(self, sql: str) -> list[dict[str, Any]]:
         """Rows of a SQL query (DuckDB) over ``records``, ``measurements``, ``doubts`` and ``artefacts``.
 
-        The query sees these four and nothing else: no file, no network. Raises UserError for a query that DuckDB refuses.
+        The query sees these four and nothing else: no file, no network. Raises UserError for one that DuckDB refuses.
         """
         import duckdb
 
@@ -146,12 +148,12 @@ class Store:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"{self.cells} cannot be listed: {error.strerror}; give the folder an audit wrote") from None
+            raise UserError(f"{self.cells} cannot be listed ({error.strerror}); give the folder of an audit") from None
         return [self.cells / name for name in names]
 
 
 def deterministic(record: Record) -> dict[str, Any]:
-    """The record as JSON data without what differs from run to run: equal for two runs of the same cell on one machine."""
+    """The record as JSON data without what differs from run to run: equal for two runs of a cell on one machine."""
     data: dict[str, Any] = json.loads(json.dumps(record.to_json(), default=_plain))
     data["provenance"].pop("time", None)
     data["details"] = {key: value for key, value in data["details"].items() if key not in TIMES}

@@ -148,18 +148,18 @@ def render(records: Sequence[Record], folder: Path) -> str:
 
 
 def headline(found: Sequence[Case]) -> str:
-    """The page in one line: "2 of 4 come back under attack. 1 holds. 1 not measured."."""
+    """The page in one line: "2 of 4 come back under attack. 1 holds. 1 is not settled."."""
     total = len(found)
     count = {
-        state: sum(case.state == state for case in found)
-        for state in ("still there", "comes back", "holds", "not measured")
+        state: sum(case.state == state for case in found) for state in ("still there", "comes back", "holds", "not measured")
     }
+    doubted = ", with doubts" if any(case.doubts for case in found if case.state == "holds") else ""
     if count["holds"] == total:
-        return "It holds under every attack tried." if total == 1 else f"All {total} hold under every attack tried."
+        return f"{'It holds' if total == 1 else f'All {total} hold'} under every attack tried{doubted}."
     verbs = {
         "still there": ("is still there", "are still there"),
         "comes back": ("comes back under attack", "come back under attack"),
-        "holds": ("holds", "hold"),
+        "holds": (f"holds{doubted}", f"hold{doubted}"),
         "not measured": ("is not settled", "are not settled"),
     }
     parts = [f"{number} {verbs[state][number != 1]}" for state, number in count.items() if number]

@@ -280,9 +280,7 @@ def _case(key: tuple[str, str, str, str], records: list[Record], protections: li
     )
 
 
-def _verdict(
-    plain: Share | None, attacks: Sequence[AttackRow], doubts: set[str], errors: Sequence[Record]
-) -> tuple[State, str]:
+def _verdict(plain: Share | None, attacks: Sequence[AttackRow], doubts: set[str], errors: Sequence[Record]) -> tuple[State, str]:
     """The state and the sentence that says it with figures."""
     if plain is None:
         return "not measured", "every measurement failed" if errors else "no measurement of how often it is drawn"

@@ -12,6 +12,7 @@ from safeweights.core.concept import Concept, Prompt
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
 from safeweights.core.table import ATTACKS, configure, resolve
+from safeweights.core.workspace import Workspace
 
 SHORT: dict[str, dict[str, Any]] = {
     "no-attack": {},
@@ -124,3 +125,22 @@ def test_no_picture_and_wrong_timesteps_are_refused(tiny_model: Any) -> None:
         play(tiny_model, "unlearndiffatk", [Target("a dog", 1)])
     with pytest.raises(UserError, match="t_high"):
         play(tiny_model, "unlearndiffatk", targets(), t_high=5000)
+
+
+def test_a_search_killed_and_resumed_finds_the_same(tiny_model: Any, tmp_path: Any) -> None:
+    whole = play(tiny_model, "unlearndiffatk", targets(), falls=lambda number, i: (number, i) == (1, 0), timesteps=4)
+    rounds = attack("unlearndiffatk", timesteps=4).revive(
+        tiny_model, CONCEPT, targets(), sampling=SAMPLING, workspace=Workspace(tmp_path)
+    )
+    next(rounds)
+    rounds.send([False] * 3)
+    rounds.send([True, False, False])
+    rounds.close()  # killed after two of four timesteps
+    resumed = attack("unlearndiffatk", timesteps=4).revive(
+        tiny_model, CONCEPT, targets(), sampling=SAMPLING, workspace=Workspace(tmp_path)
+    )
+    again, standing = [next(resumed).candidates], [False] * 3
+    for number in range(1, 5):
+        again.append(resumed.send(standing).candidates)
+        standing = [True, False, False] if number == 1 else [False] * 2
+    assert [tuple(c for _, c in row) for row in whole] == again

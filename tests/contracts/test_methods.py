@@ -24,7 +24,11 @@ SHORT: dict[str, dict[str, Any]] = {
 
 CONCEPTS = (
     Concept(
-        name="mosaic", kind="style", term="mosaic", anchor="a picture", prompts=(Prompt("a mosaic picture"), Prompt("mosaic house"))
+        name="mosaic",
+        kind="style",
+        term="mosaic",
+        anchor="a picture",
+        prompts=(Prompt("a mosaic picture"), Prompt("mosaic house")),
     ),
     Concept(name="dog", kind="object", term="dog", anchor="cat", prompts=(Prompt("a picture of a dog"),)),
 )

@@ -14,7 +14,9 @@ from safeweights.core.attack import Access, Budget, Candidate, Revival, Target
 from safeweights.core.concept import Concept
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
+from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.search import insert_tokens, sample_one_hot, project_to_simplex, put_embeddings, text_ids
 
@@ -87,16 +89,25 @@ class UnlearnDiffAtk:
             raise UserError(f"unlearndiffatk: t_high must be below {len(model.alpha)}, not {self.t_high}")
         workspace = workspace or Workspace()
         seen = yield as_asked(model, targets)
-        standing = [i for i, fell in enumerate(seen) if not fell]
-        search = _Search(self, model, [targets[i] for i in standing])
+        search = _Search(self, model, [target for target, fell in zip(targets, seen, strict=True) if not fell])
+        facts = {"settings": describe(self), "targets": [[t.prompt, t.seed] for t in search.targets], "model": fingerprint(model)}
+        # After a kill the rounds already played are said again (their pictures are kept), then the search goes on from its state.
+        tensors, told = workspace.load("search") or ({}, {})
+        said: list[list[str]] = told["said"] if told.get("facts") == facts else []
         stages = torch.linspace(self.t_low, self.t_high, self.timesteps).round().long().tolist()
         for stage, t in enumerate(stages):
             if not search.targets:
                 return
-            progress = workspace.track(range(self.steps), f"attacking {len(search.targets)} prompts, t {stage + 1}/{len(stages)}")
-            for _ in progress:
-                search.step(t)
-            seen = yield Revival(model, search.candidates(), search.facts())
+            if stage == len(said) - 1:
+                search.restore(tensors)
+            if stage >= len(said):
+                what = f"attacking {len(search.targets)} prompts, timestep {stage + 1} of {len(stages)}"
+                for _ in workspace.track(range(self.steps), what):
+                    search.step(t)
+                said.append(search.texts())
+                workspace.save("search", search.state(), {"facts": facts, "said": said})
+            candidates = [Candidate(text, target.seed) for text, target in zip(said[stage], search.targets, strict=True)]
+            seen = yield Revival(model, tuple(candidates), search.facts())
             search.keep([not fell for fell in seen])
 
 
@@ -105,6 +116,8 @@ class _Search:
 
     def __init__(self, attack: UnlearnDiffAtk, model: DiffusionModel, targets: Sequence[Target]) -> None:
         self.attack, self.model, self.targets = attack, model, list(targets)
+        self.loss = self.gradient = float("nan")
+        self.steps = 0
         if not targets:
             return
         vocabulary = model.vocabulary.float()
@@ -122,8 +135,6 @@ class _Search:
         size = (len(targets), attack.tokens, len(self.words))
         self.relaxed = torch.full(size, 1.0 / len(self.words), device=vocabulary.device)
         self.first, self.second = torch.zeros_like(self.relaxed), torch.zeros_like(self.relaxed)
-        self.steps = 0
-        self.loss = self.gradient = float("nan")
 
     def step(self, t: int) -> None:
         """One gradient step at timestep t for every prompt, ``batch_size`` prompts at a time."""
@@ -159,16 +170,32 @@ class _Search:
         ratio = (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.999**self.steps)).sqrt() + 1e-8)
         self.relaxed[rows] = project_to_simplex(U - attack.lr * ratio)
 
-    def candidates(self) -> tuple[Candidate, ...]:
+    def texts(self) -> list[str]:
         """The most likely tokens of every prompt as text, before its prompt."""
-        best = self.words[self.relaxed.argmax(dim=-1).to(self.words.device)]
-        return tuple(
-            Candidate(f"{self.model.text_of(tokens)} {target.prompt}".strip(), target.seed)
-            for tokens, target in zip(best, self.targets, strict=True)
-        )
+        best = self.words[self.relaxed.argmax(dim=-1)]
+        return [f"{self.model.text_of(ids)} {target.prompt}".strip() for ids, target in zip(best, self.targets, strict=True)]
 
     def facts(self) -> dict[str, float]:
         return {"loss": self.loss, "gradient_norm": self.gradient, "steps": float(self.steps)}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next step depends on."""
+        return {
+            "relaxed": self.relaxed,
+            "first": self.first,
+            "second": self.second,
+            "rngs": torch.stack([rng.get_state() for rng in self.rngs]),
+            "told": torch.tensor([self.steps, self.loss, self.gradient], dtype=torch.float64),
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go back to a `state` of the same standing targets."""
+        for name in ("relaxed", "first", "second"):
+            setattr(self, name, state[name].to(self.relaxed).clone())
+        for rng, kept in zip(self.rngs, state["rngs"], strict=True):
+            rng.set_state(kept.clone())
+        steps, self.loss, self.gradient = state["told"].tolist()
+        self.steps = int(steps)
 
     def keep(self, standing: Sequence[bool]) -> None:
         """Drop the prompts that fell."""

@@ -40,9 +40,7 @@ def test_the_same_cell_is_replaced_and_another_is_not(tmp_path: Path) -> None:
     assert all(record.status == "ok" for record in store.records())
 
 
-@pytest.mark.parametrize(
-    "name", ["../../up", "/etc/passwd", "a/b\\c", "..", "", "CON", "x" * 500, "モザイク", "\x00\n"]
-)
+@pytest.mark.parametrize("name", ["../../up", "/etc/passwd", "a/b\\c", "..", "", "CON", "x" * 500, "モザイク", "\x00\n"])
 def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / "out")
     path = store.add(make.base(concept=name, method=name, attack=name))

@@ -29,10 +29,7 @@ _MEASUREMENT = (
     "reference DOUBLE, why VARCHAR)[]"
 )
 _DOUBT = 'STRUCT("name" VARCHAR, explanation VARCHAR)[]'
-_ARTEFACT = (
-    'STRUCT(path VARCHAR, "role" VARCHAR, prompt VARCHAR, seed BIGINT, detected BOOLEAN, score DOUBLE, '
-    '"group" BIGINT)[]'
-)
+_ARTEFACT = 'STRUCT(path VARCHAR, "role" VARCHAR, prompt VARCHAR, seed BIGINT, detected BOOLEAN, score DOUBLE, "group" BIGINT)[]'
 _COLUMNS = {
     "file": "VARCHAR",
     **dict.fromkeys(("kind", "status", "model", "reference", "method", "concept", "concept_kind", "attack"), "VARCHAR"),
@@ -127,8 +124,7 @@ class Store:
             )
             for name in ("measurements", "doubts", "artefacts"):
                 database.execute(
-                    f"CREATE VIEW {name} AS SELECT {_CELL}, item.* "
-                    f"FROM (SELECT *, unnest({name}) AS item FROM records) AS r"
+                    f"CREATE VIEW {name} AS SELECT {_CELL}, item.* FROM (SELECT *, unnest({name}) AS item FROM records) AS r"
                 )
             database.execute("SET enable_external_access = false")
             database.execute("SET lock_configuration = true")
@@ -142,9 +138,7 @@ class Store:
     def _files(self) -> list[Path]:
         try:
             with os.scandir(self.cells) as entries:
-                names = sorted(
-                    entry.name for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")
-                )
+                names = sorted(entry.name for entry in entries if entry.name.endswith(".json") and not entry.name.startswith("."))
         except FileNotFoundError:
             return []
         except OSError as error:

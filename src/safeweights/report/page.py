@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeweights.core.errors import UserError
 from safeweights.records.record import Artefact, Record
-from safeweights.records.store import Store
+from safeweights.records.store import gather
 from safeweights.report import tables
 from safeweights.report.tables import Case
 
@@ -90,14 +90,14 @@ class Section:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` from the records in ``folder/records`` and the pictures in ``folder/artefacts``; its path.
+    """Write ``report.html`` from the records in ``folder`` and in the folders below it, with their pictures; its path.
 
     Raises UserError where there are no records, or one cannot be read.
     """
     folder = Path(folder)
-    records = Store(folder).records()
+    records = gather(folder)
     if not records:
-        raise UserError(f"{folder} holds no records; write some with `safeweights audit … -o {folder}` first")
+        raise UserError(f"{folder} holds no records; write some with `safeweights evaluate … -o {folder}` first")
     target = folder / "report.html"
     partial = target.with_name(f".report.{os.getpid()}.partial")
     try:

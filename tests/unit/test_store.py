@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import factories as make
 from safeweights.core.errors import UserError
 from safeweights.records.record import Measurement
-from safeweights.records.store import Store, deterministic
+from safeweights.records.store import Store, deterministic, gather
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
@@ -179,3 +179,14 @@ def test_records_and_reports_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_report_covers_the_folders_below(tmp_path: Path) -> None:
+    plain, live = Store(tmp_path / "plain"), Store(tmp_path / "live")
+    plain.add(make.evaluation(plain, "esd", 1))
+    record = make.attack(live, "esd", "unlearndiffatk", 30)
+    live.add(record)
+    Store(tmp_path / ".live.partial").add(make.base())
+    found = gather(tmp_path)
+    assert sorted(record.kind for record in found) == ["attack", "evaluate"]
+    assert all((tmp_path / artefact.path).is_file() for record in found for artefact in record.artefacts)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,23 @@ class Store:
         except OSError as error:
             raise UserError(f"{self.cells} cannot be listed ({error.strerror}); give the folder of an audit") from None
         return [self.cells / name for name in names]
+
+
+def gather(folder: str | Path) -> list[Record]:
+    """The records of a folder and of every folder below it, so that one report covers `evaluate` and several `attack` runs.
+
+    Paths of pictures become relative to ``folder``. Hidden folders (unfinished runs) are left out.
+    """
+    top = Path(folder)
+    found = []
+    for cells in sorted(top.rglob("records")):
+        below = cells.parent.relative_to(top)
+        if not cells.is_dir() or any(part.startswith(".") for part in below.parts):
+            continue
+        for record in Store(cells.parent).records():
+            artefacts = tuple(replace(artefact, path=(below / artefact.path).as_posix()) for artefact in record.artefacts)
+            found.append(replace(record, artefacts=artefacts))
+    return found
 
 
 def deterministic(record: Record) -> dict[str, Any]:

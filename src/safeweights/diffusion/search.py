@@ -30,14 +30,22 @@ def text_length(model: DiffusionModel, ids: Tensor) -> Tensor:
 def find_term(model: DiffusionModel, ids: Tensor, term: str) -> list[range]:
     """Where the tokens of ``term`` stand in each row of ids (B, L): its first occurrence, an empty range where it is absent.
 
-    Compared by BPE ids, so that a term of several tokens is found whole and never as part of a longer word.
+    Compared by BPE ids, so that a term of several tokens is found whole and never as the beginning or end of a longer word.
     """
     wanted = term_ids(model, term)
-    found = []
-    for row in ids.tolist():
-        starts = [i for i in range(1, len(row) - len(wanted) + 1) if row[i : i + len(wanted)] == wanted]
-        found.append(range(starts[0], starts[0] + len(wanted)) if starts else range(0))
-    return found
+    return [_find(model, row[:end], wanted) for row, end in zip(ids.tolist(), _eos_at(model, ids).tolist(), strict=True)]
+
+
+def _find(model: DiffusionModel, row: list[int], wanted: list[int]) -> range:
+    """Where ``wanted`` stands in BOS and text."""
+    n = len(wanted)
+    for i in range(1, len(row) - n + 1):
+        # A word's last token is marked as such, its first one is not: the text before must end where the term begins.
+        if n and row[i : i + n] == wanted:
+            before, both = (model.text_of(torch.tensor(part, dtype=torch.long)) for part in (row[1:i], row[1 : i + n]))
+            if both == f"{before} {model.text_of(torch.tensor(wanted))}".strip():
+                return range(i, i + n)
+    return range(0)
 
 
 def term_ids(model: DiffusionModel, term: str) -> list[int]:
@@ -66,10 +74,9 @@ def insert_tokens(
         text, cut = row[1:end], 0
         at = 0 if where in ("prefix", "insert", "replace") else len(text)
         if where in ("insert", "replace"):
-            wanted = list(term_ids or ())
-            starts = [i for i in range(len(text) - len(wanted) + 1) if wanted and text[i : i + len(wanted)] == wanted]
-            if starts:
-                at, cut = starts[0], len(wanted) if where == "replace" else 0
+            found = _find(model, row[:end], list(term_ids or ()))
+            if found:
+                at, cut = found.start - 1, len(found) if where == "replace" else 0
             elif where == "replace":
                 raise UserError(f"the prompt {model.text_of(torch.tensor(text))!r} does not contain the term to replace")
         free = _placeholder(model)

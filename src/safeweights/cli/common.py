@@ -59,10 +59,20 @@ def concept_file(path: Path | None, *models: str) -> ConceptFile:
     if path is not None:
         return load_concepts(path)
     if not any(is_sandbox(model) for model in models):
+        for model in models:
+            check_model(model)
         raise UserError("this model needs a concept file: give one with --concepts-file (only the sandbox model has its own)")
     from safeweights.sandbox.files import sandbox_concepts
 
     return sandbox_concepts()
+
+
+def check_model(name: str) -> None:
+    """Refuse a path that does not exist; a Hub id is looked up when it is opened."""
+    if not Path(name).expanduser().exists() and (
+        name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors")
+    ):
+        raise UserError(f"{name} does not exist; give a diffusers folder, a .safetensors file, a Hub id or 'sandbox'")
 
 
 def is_sandbox(model: str) -> bool:

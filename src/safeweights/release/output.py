@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def output_folder(
         _remove(old)
         work.mkdir(exist_ok=True)
     except OSError as error:
-        raise _explained(error, target) from None
+        raise UserError(f"{target} cannot be written: {error.strerror}; choose another output with -o") from None
     with _lock(work, target):
         _check_same_run(work, resume, dict(options or {}), target)
         done = False
@@ -147,10 +148,15 @@ def _lock(work: Path, target: Path) -> Iterator[None]:
         return
     file: IO[str]
     with (work / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is writing to {target} just now; wait or choose another output") from None
+        # A run that was just killed may take a moment to let go.
+        for attempt in range(10):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if attempt == 9:
+                    raise UserError(f"another run is writing to {target} just now; wait or choose another output") from None
+                time.sleep(0.2)
         yield
 
 

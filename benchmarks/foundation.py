@@ -2,7 +2,8 @@
 
     python benchmarks/foundation.py -o runs/foundation [--seeds 0 1 2] [--n 32] [--prompts 24] [--attack-budget 10x40]
 
-Every cell is a record in DIR/records; a second run with the same options skips the cells that are there. The table is printed as Markdown.
+Every cell is a record in DIR/records; a second run with the same options skips the cells that are there. The tables are
+printed as Markdown.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from safeweights.records.store import Store
 from safeweights.sandbox.files import sandbox_concepts
 
 CONCEPTS = ("mosaic", "neon", "teapot", "fish", "mira-lund", "hugo-santos", "emblem")
-"""Two styles (mosaic has a look-alike, stained glass), two objects (teapot: cup), two people (Mira Lund: Tessa Brandt), the emblem."""
+"""Two styles (mosaic has a look-alike, stained glass), two objects (teapot: cup), two people (Mira Lund: Tessa Brandt), emblem."""
 
 
 def main() -> None:
@@ -90,8 +91,20 @@ def main() -> None:
 
 def tables(records: list[Record], file: ConceptFile) -> str:
     """The results as Markdown: plain asking, then attacks, pooled over seeds with Wilson intervals."""
-    lines = ["| concept | kind | method | seeds | n | before | after | 95 % | retention (relative) | CLIP score (before) | Fréchet |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = (
+        "concept",
+        "kind",
+        "method",
+        "seeds",
+        "n",
+        "before",
+        "after",
+        "95 %",
+        "retention, relative",
+        "CLIP (before)",
+        "Fréchet",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     cells: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.kind == "evaluate":
@@ -101,8 +114,8 @@ def tables(records: list[Record], file: ConceptFile) -> str:
         rate, before = pooled(group, "concept_rate"), mean(group, "concept_rate", "reference")
         low, high = wilson(rate[0], rate[1])
         lines.append(
-            f"| {concept} | {group[0].concept_kind} | {method} | {len(group)} | {rate[1]} | {before:.2f} | {rate[0] / rate[1]:.2f} "
-            f"| {low:.2f}–{high:.2f} | {mean(group, 'retention_relative'):.3f} | {mean(group, 'clip_score'):.3f} "
+            f"| {concept} | {group[0].concept_kind} | {method} | {len(group)} | {rate[1]} | {before:.2f} "
+            f"| {rate[0] / rate[1]:.2f} | {low:.2f}–{high:.2f} | {mean(group, 'retention_relative'):.3f} | {mean(group, 'clip_score'):.3f} "
             f"({mean(group, 'clip_score', 'reference'):.3f}) | {mean(group, 'frechet_distance'):.2f} |"
         )
     lines += [

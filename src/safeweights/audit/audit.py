@@ -61,7 +61,7 @@ def audit(
     """Attack ``concept`` on ``model`` with ``n`` prompts (all its test prompts by default) and record the success rate.
 
     The concept's test prompts are attacked, each with its own seed; more prompts than there are repeat them with other seeds. A
-    picture of the concept for each prompt is made by ``reference`` from that prompt with another seed: no judged picture is ever shown to the attack.
+    picture of the concept for each prompt is made by ``reference`` with another seed: the attack never sees a judged picture.
     Raises UserError where the concept has no detector.
     """
     workspace = workspace or Workspace()
@@ -217,7 +217,7 @@ def _run(
 
 
 def choose_prompts(concept: Concept, *, n: int | None, seed: int) -> list[Prompt]:
-    """The first ``n`` test prompts (the concept's prompts where it has none), each with a seed; more than there are come again with others."""
+    """The first ``n`` test prompts (the concept's prompts where it has none), each with a seed; if short, again with others."""
     source = concept.test_prompts or concept.prompts
     count = len(source) if n is None else n
     if count < 1:
@@ -236,7 +236,8 @@ def concept_pictures(
 ) -> list[Tensor]:
     """For each prompt a picture of the concept by the reference model, with seeds no judged picture has.
 
-    A picture the detector does not recognise is drawn again, ``tries`` times at most, as an attacker would pick one that shows it.
+    A picture the detector does not recognise is drawn again, ``tries`` times at most: an attacker would pick one that
+    shows it.
     """
     pictures: list[Any] = [None] * len(prompts)
     missing = list(range(len(prompts)))

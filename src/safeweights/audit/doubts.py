@@ -90,7 +90,8 @@ def not_converged(fallen_per_round: Sequence[int], n: int) -> list[Doubt]:
     if len(fallen_per_round) >= 5 and sum(tail) >= max(2, 0.05 * n):
         return [Doubt(
             name="not_converged",
-            explanation=f"{sum(tail)} of {n} prompts fell in the last {len(tail)} of {len(fallen_per_round)} rounds; more budget would find more",
+            explanation=f"{sum(tail)} of {n} prompts fell in the last {len(tail)} of {len(fallen_per_round)} rounds; "
+            "more budget would find more",
         )]  # fmt: skip
     return []
 
@@ -107,6 +108,7 @@ def weak_attack(records: Sequence[Record]) -> dict[str, list[Doubt]]:
             if rate.value < base.value:
                 doubts.setdefault(name, []).append(Doubt(
                     name="weak_attack",
-                    explanation=f"{name} succeeds on {rate.value:.0%}, {other} with the same number of pictures on {base.value:.0%}",
+                    explanation=f"{name} succeeds on {rate.value:.0%}, "
+                    f"{other} with the same number of pictures on {base.value:.0%}",
                 ))  # fmt: skip
     return doubts

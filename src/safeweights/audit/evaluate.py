@@ -71,10 +71,11 @@ def evaluate(
     backbones: Backbones | None = None,
     allow_python_detectors: bool = False,
 ) -> dict[str, Any]:
-    """Judge ``n`` pictures of each erased concept and ``retain_n`` (n // 4, at least 4) of every other concept that has a detector.
+    """Judge ``n`` pictures of each erased concept and ``retain_n`` (n // 4, at least 4) of every other one with a detector.
 
-    Prompts are the concepts' test prompts, with the same seeds for both models. A retained concept is never asked for in words that
-    name an erased one. Quality (CLIP score, Frechet distance) is read off the retained pictures. Returns the JSON of ``evaluate``.
+    Prompts are the concepts' test prompts, with the same seeds for both models. A retained concept is never asked for in words
+    that name an erased one. Quality (CLIP score, Frechet distance) is read off the retained pictures. Returns the JSON of
+    ``evaluate``.
     Raises UserError where an erased concept has no detector.
     """
     if n < 1:
@@ -129,7 +130,8 @@ def evaluate(
             "relative": hits / hits_before if hits_before else None,
             "ci95": [round(bound, 4) for bound in wilson(hits, total)] if total else None,
             "concepts": {
-                j.concept.name: {"n": j.n, "reference_rate": sum(j.seen_before) / j.n, "rate": sum(j.seen_after) / j.n} for j in retained
+                j.concept.name: {"n": j.n, "reference_rate": sum(j.seen_before) / j.n, "rate": sum(j.seen_after) / j.n}
+                for j in retained
             },
         },
         "clip_score": {
@@ -264,6 +266,7 @@ def _artefacts(judged: _Judged, store: Store) -> list[Artefact]:
         ]
         for role, images, seen, score in pairs:
             kept.append(store.save_artefact(
-                images[i].numpy(), role=role, prompt=prompt.text, seed=prompt.seed or 0, group=i, detected=bool(seen[i]), score=score
+                images[i].numpy(), role=role, prompt=prompt.text, seed=prompt.seed or 0, group=i, detected=bool(seen[i]),
+                score=score,
             ))  # fmt: skip
     return kept

@@ -87,7 +87,8 @@ class ConceptFile:
 def load_concepts(path: str | Path) -> ConceptFile:
     """Read a concept file (YAML, version 1). Relative paths are relative to it.
 
-    Raises UserError for a missing or malformed file, an unknown key, an empty or missing prompt, an unknown kind, detector or neighbour.
+    Raises UserError for a missing or malformed file, an unknown key, an empty or missing prompt, an unknown kind, detector or
+    neighbour.
     """
     import yaml
 
@@ -270,7 +271,7 @@ def _generation(entry: Any, path: Path) -> dict[str, Any]:
         wanted = known[key]
         if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             raise UserError(f"{path}: generation: {key} must be {'text' if wanted is str else 'a number'}, not {value!r}")
-        if wanted is not str and value <= 0:
+        if isinstance(value, int | float) and value <= 0:
             raise UserError(f"{path}: generation: {key} must be above zero, not {value!r}")
         values[key] = wanted(value)
     return values

@@ -25,5 +25,5 @@ class Detector(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Type, model, label, threshold, sha256 and, where shipped, measured error rates ``false_positive`` and ``false_negative``."""
+        """Type, model, label, threshold, sha256 and, where shipped, measured ``false_positive`` and ``false_negative`` rates."""
         ...

@@ -168,7 +168,7 @@ class DiffusionModel(Protocol):
         ...
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """A copy whose named parameters have the given values; the rest is shared. Raises UserError for an unknown name or shape."""
+        """A copy whose named parameters have these values; the rest is shared. Raises UserError for an unknown name or shape."""
         ...
 
     def save(self, folder: Any) -> None:

@@ -60,8 +60,9 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
 def configure(cls: type[Any], settings: Mapping[str, Any], *, latent_pixels: int | None = None) -> Any:
     """An instance of a method or attack with those settings, typed and checked against its dataclass fields.
 
-    A class may offer ``PRESETS``: a dict of named settings, "small" for sandbox-like models and "paper" for SD-size ones. The setting
-    ``preset`` picks one; without it the size of the model decides (``latent_pixels``: h * w of its latents, below 32 * 32 is small).
+    A class may offer ``PRESETS``: a dict of named settings, "small" for sandbox-like models and "paper" for SD-size ones. The
+    setting ``preset`` picks one; without it the size of the model decides (``latent_pixels``: h * w of its latents, below 32 * 32
+    is small).
     Raises UserError for an unknown key, a value of the wrong type, or a value the class refuses.
     """
     settings = dict(settings)

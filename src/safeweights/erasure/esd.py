@@ -84,10 +84,8 @@ class ESD:
         def loss_at(step: int) -> torch.Tensor:
             which = step % len(banks)
             batch = banks[which].draw(self.batch_size, generator("esd", seed, step))
-            if trains_text:
-                c = student.embed([texts[which][i] for i in batch.prompt.tolist()])
-            else:
-                c = embedded[which][batch.prompt]
+            asked = batch.prompt.tolist()
+            c = student.embed([texts[which][i] for i in asked]) if trains_text else embedded[which][batch.prompt]
             target = batch.eps_none - self.eta * (batch.eps_c - batch.eps_none)
             return mse_loss(student.eps(batch.x_t, batch.t, c), target)
 

@@ -28,16 +28,16 @@ class UCE:
     v_i = W_o c_i^anchor, for every W in {to_k, to_v}                                              (eq. 7)
 
     Needs: cross-attention with linear keys and values.   Cost: no denoiser call; one d x d solve for all matrices.
-    Differs from the reference code: float64 solve (fp32 inverse there); a concept token is paired with the anchor token as far from
-    the end of its prompt; the start-of-text position is never edited (an empty anchor pairs with the start token there and with the
-    end token here).
+    Differs from the reference code: float64 solve (fp32 inverse there); a concept token is paired with the anchor token as far
+    from the end of its prompt; the start-of-text position is never edited (an empty anchor pairs with the start token there and
+    with the end token here).
     """
 
     name: ClassVar[str] = "uce"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": {"prompts": "term"}}
 
     tokens: Literal["last", "all"] = "all"
-    """Positions edited: the concept's last token, or all from its first token through the padding (the stronger, older script)."""
+    """Positions edited: the concept's last token, or all from there through the padding (the stronger, older script)."""
     alpha: float = 1.0
     """Weight of an edited token, a in eq. 7; > 0."""
     beta: float | None = None
@@ -95,7 +95,7 @@ class UCE:
         ends = text_length(model, ids).tolist()
         guide_ends = text_length(model, model.tokenize([guide for _, guide, _ in pairs])).tolist()
         erased, guides = [], []
-        for row, (text, _, term) in enumerate(pairs):
+        for row, (_, _, term) in enumerate(pairs):
             end, guide_end = ends[row], guide_ends[row]
             where = find_term(model, ids[row : row + 1], term)[0]
             last = where[-1] if where else end

@@ -18,7 +18,7 @@ from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import add_noise, generator
-from safeweights.diffusion.search import insert_tokens, sample_one_hot, project_to_simplex, put_embeddings, text_ids
+from safeweights.diffusion.search import insert_tokens, project_to_simplex, put_embeddings, sample_one_hot, text_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,6 @@
+"""``python -m safeweights``: the command line."""
+
+from safeweights.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ def noise(model: GaussianModel, n: int) -> torch.Tensor:
 
 
 def start(model: GaussianModel, prompt: str, steps: int) -> torch.Tensor:
-    """x_T as the prompt's own forward process leaves it: SD's noise levels never reach pure noise, which alone would shift x_0."""
+    """x_T as the prompt's own forward process leaves it: SD's levels stop short of pure noise."""
     t = int(ddim_timesteps(model, steps)[0])
     spread = (model.alpha[t] ** 2 * 0.09 + model.sigma[t] ** 2).sqrt()
     return model.alpha[t] * model.mean(prompt) + spread * noise(model, 4000)
@@ -83,7 +83,7 @@ def test_esd_reaches_its_target(model: GaussianModel) -> None:
 
 
 def test_uce_sends_the_concept_to_its_anchor(model: GaussianModel) -> None:
-    """With a one-hot encoder the edit of to_v moves one column: to (lam v + (v_anchor - v) …) / (…), at lam -> 0 to the anchor's."""
+    """With a one-hot encoder the edit of to_v moves one column, at lam -> 0 to the anchor's: an empty anchor has mean zero."""
     eraser = method("uce", lam=1e-6, tokens="last")
     protection = eraser.protect(model, [concept()], retain=["red house"], rng=generator(0))
     protected = protection.apply(model)

@@ -1,14 +1,16 @@
-"""Opening one ``.safetensors`` checkpoint in the original layout (A1111, ComfyUI) without asking the Hub for its config."""
+"""Checkpoints of one ``.safetensors`` file in the original layout (A1111, ComfyUI): opening and writing, without the Hub."""
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safeweights.core.errors import UserError
 
@@ -145,6 +147,113 @@ def write_config(folder: Path, version: int, shapes: Mapping[str, list[int]], pr
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2))
     return folder
+
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def original_layout(model: Any) -> dict[str, Tensor]:
+    """The tensors of an opened `StableDiffusion` under the names of the original layout, ready for ``save_file``.
+
+    SD 2.x text encoders get OpenCLIP's names and fused query-key-value weights; what OpenCLIP has beyond the layers SD reads
+    (the last layer and the projection) is not part of the model and is left out.
+    """
+    layers = int(model.denoiser.config.layers_per_block)
+    blocks = len(model.vae.config.block_out_channels)
+    unet = {UNET + _unet_name(name, layers): value for name, value in model.denoiser.state_dict().items()}
+    vae = {}
+    for name, value in model.vae.state_dict().items():
+        new = _vae_name(name, blocks)
+        # The original attention layers are 1x1 convolutions.
+        convolution = ".attn_1." in new and new.endswith(".weight") and ".norm." not in new
+        vae["first_stage_model." + new] = value[:, :, None, None] if convolution else value
+    text = {name.removeprefix("text_model."): value for name, value in model.text_encoder.state_dict().items()}
+    text = _open_clip(text) if model.text_encoder.config.hidden_act == "gelu" else {
+        f"{TEXT_1}text_model.{name}": value for name, value in text.items()
+    }  # fmt: skip
+    return {name: value.detach().contiguous() for name, value in {**unet, **vae, **text}.items()}
+
+
+def _unet_name(name: str, layers: int) -> str:
+    """The original name of a diffusers UNet parameter, for ``layers`` resnets a down block."""
+    for ours, theirs in (
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_norm_out", "out.0"),
+        ("conv_out", "out.2"),
+    ):
+        if name.startswith(ours + "."):
+            return theirs + name.removeprefix(ours)
+    match = re.match(
+        r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name
+    )
+    if match is None:
+        raise ValueError(f"unknown UNet parameter {name}")
+    side, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    if kind == "resnets":
+        part, _, leaf = rest.rpartition(".")
+        rest = f"{RESNET[part]}.{leaf}"
+    if side == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
+    if side == "down_blocks":
+        first = 1 + block * (layers + 1)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}"
+        return f"input_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
+    first = block * (layers + 1)
+    if kind == "upsamplers":
+        # Behind the resnet and, in every up block of these models but the first, an attention.
+        return f"output_blocks.{first + layers}.{1 if block == 0 else 2}.{rest}"
+    return f"output_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
+
+
+def _vae_name(name: str, blocks: int) -> str:
+    """The original name of a diffusers VAE parameter, for ``blocks`` resolutions."""
+    name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", name)
+    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{blocks - 1 - int(m[1])}.block.{m[2]}", name)
+    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    name = name.replace("mid_block.attentions.0.", "mid.attn_1.").replace("conv_norm_out", "norm_out")
+    name = name.replace("conv_shortcut", "nin_shortcut")
+    for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
+    return name
+
+
+def _open_clip(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformers text encoder under OpenCLIP's names."""
+    new = {
+        TEXT_2 + "token_embedding.weight": text["embeddings.token_embedding.weight"],
+        TEXT_2 + "positional_embedding": text["embeddings.position_embedding.weight"],
+        TEXT_2 + "ln_final.weight": text["final_layer_norm.weight"],
+        TEXT_2 + "ln_final.bias": text["final_layer_norm.bias"],
+    }
+    for name, value in text.items():
+        if (match := re.match(r"encoder\.layers\.(\d+)\.(.*)\.(weight|bias)", name)) is None:
+            continue
+        block = f"{TEXT_2}transformer.resblocks.{match[1]}."
+        if match[2] in OPEN_CLIP:
+            new[f"{block}{OPEN_CLIP[match[2]]}.{match[3]}"] = value
+        elif match[2] == "self_attn.q_proj":
+            fused = [text[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            new[f"{block}attn.in_proj_{match[3]}"] = torch.cat(fused)
+    return new
 
 
 def _version(path: Path, keys: Iterable[str]) -> int:

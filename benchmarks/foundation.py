@@ -28,7 +28,7 @@ from safeweights.records.store import Store
 from safeweights.sandbox.files import sandbox_concepts
 
 CONCEPTS = ("mosaic", "neon", "teapot", "fish", "mira-lund", "hugo-santos", "emblem")
-"""Two styles (mosaic has a look-alike, stained glass), two objects (teapot: cup), two people (Mira Lund: Tessa Brandt), emblem."""
+"""Two styles (mosaic has a look-alike, stained glass), two objects (teapot: cup), two people (Mira Lund: Tessa Brandt)."""
 
 
 def main() -> None:
@@ -115,8 +115,8 @@ def tables(records: list[Record], file: ConceptFile) -> str:
         low, high = wilson(rate[0], rate[1])
         lines.append(
             f"| {concept} | {group[0].concept_kind} | {method} | {len(group)} | {rate[1]} | {before:.2f} "
-            f"| {rate[0] / rate[1]:.2f} | {low:.2f}–{high:.2f} | {mean(group, 'retention_relative'):.3f} | {mean(group, 'clip_score'):.3f} "
-            f"({mean(group, 'clip_score', 'reference'):.3f}) | {mean(group, 'frechet_distance'):.2f} |"
+            f"| {rate[0] / rate[1]:.2f} | {low:.2f}–{high:.2f} | {mean(group, 'retention_relative'):.3f} "
+            f"| {mean(group, 'clip_score'):.3f} ({mean(group, 'clip_score', 'reference'):.3f}) | {mean(group, 'frechet_distance'):.2f} |"
         )
     lines += [
         "",

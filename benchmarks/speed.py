@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py [--model sandbox] [--repeats 5]
 
-Prints JSON: the time of an ESD step over the time of its one student pass (forward, loss, backward) on the same batch, and the time of
-an UnlearnDiffAtk search on P prompts in one batch against one prompt at a time. Medians over interleaved repeats.
+Prints JSON: the time of an ESD step over the time of its one student pass (forward, loss, backward) on the same batch,
+and the time of an UnlearnDiffAtk search on P prompts in one batch against one prompt at a time. Medians over interleaved repeats.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Workspace:
     """A folder for checkpoints, or None for a run that keeps none, and whether to draw progress bars on stderr.
 
-    Checkpoints are safetensors files with a JSON header, written to a temporary name, synced and renamed: a kill at any moment leaves
-    the previous checkpoint whole. ``every`` is the number of steps between two checkpoints.
+    Checkpoints are safetensors files with a JSON header, written to a temporary name, synced and renamed: a kill at any moment
+    leaves the previous checkpoint whole. ``every`` is the number of steps between two checkpoints.
     """
 
     folder: Path | None = None

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -123,14 +123,15 @@ def sampling_of(model: DiffusionModel, generation: Mapping[str, Any], given: Map
     """How to draw from a model: what was asked for, else what the concept file says, else the model's own picture size."""
     _, height, width = model.latent_shape
     own = {"width": width * model.latent_stride, "height": height * model.latent_stride}
-    return Sampling(**{**own, **generation, **{key: value for key, value in given.items() if value is not None}})
-
-
-def with_sampling(file: ConceptFile, sampling: Sampling) -> ConceptFile:
-    """The concept file, sampled like this."""
-    from dataclasses import asdict
-
-    return replace(file, generation=asdict(sampling))
+    sampling = Sampling(**{**own, **generation, **{key: value for key, value in given.items() if value is not None}})
+    # A concept file's values come unchecked; a bad one must not be found out after an hour.
+    check_sampling(asdict(sampling))
+    stride = model.latent_stride
+    if sampling.steps < 1 or sampling.steps > len(model.alpha):
+        raise UserError(f"steps must be from 1 to {len(model.alpha)}, not {sampling.steps}")
+    if min(sampling.width, sampling.height) < stride or sampling.width % stride or sampling.height % stride:
+        raise UserError(f"pictures of {sampling.width}x{sampling.height} do not fit this model; use multiples of {stride}")
+    return sampling
 
 
 def model_path(name: str) -> Path | None:

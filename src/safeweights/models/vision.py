@@ -40,7 +40,7 @@ class Backbone:
                 )
                 # Without backend="pil" the resizing depends on whether torchvision happens to be installed.
                 self.processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever the loaders raise, the folder is what is wrong
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = "the folder" if self.local else "neither a folder here nor a Hub id that can be loaded:"
             raise UserError(f"{what}: {where} {name} cannot be used: {reason}") from None
@@ -86,7 +86,10 @@ class CLIP(Backbone):
         if not hasattr(self.model, "get_text_features") or not hasattr(self.model, "logit_scale"):
             raise UserError(f"{what}: {name} is a {self.model.config.model_type} model, not a CLIP")
         self.refuse_missing()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=self.local)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=self.local)
+        except Exception as error:
+            raise UserError(f"{what}: the tokenizer of {name} cannot be opened: {str(error).splitlines()[0]}") from None
         self.length = int(self.model.config.text_config.max_position_embeddings)
 
     @torch.no_grad()

@@ -116,7 +116,8 @@ def tables(records: list[Record], file: ConceptFile) -> str:
         lines.append(
             f"| {concept} | {group[0].concept_kind} | {method} | {len(group)} | {rate[1]} | {before:.2f} "
             f"| {rate[0] / rate[1]:.2f} | {low:.2f}–{high:.2f} | {mean(group, 'retention_relative'):.3f} "
-            f"| {mean(group, 'clip_score'):.3f} ({mean(group, 'clip_score', 'reference'):.3f}) | {mean(group, 'frechet_distance'):.2f} |"
+            f"| {mean(group, 'clip_score'):.3f} ({mean(group, 'clip_score', 'reference'):.3f}) "
+            f"| {mean(group, 'frechet_distance'):.2f} |"
         )
     lines += [
         "",

@@ -145,12 +145,11 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path, erased: Path
     shutil.copytree(erased, broken)
     weights = next((broken / "unet").glob("*.safetensors"))
     whole = weights.read_bytes()
+    again = ["erase", str(broken), "--concepts-file", str(weights_folder() / "concepts.yaml"), "--concept", "mosaic"]
     weights.write_bytes(whole[: len(whole) // 2])
-    run("erase", str(broken), "--concepts-file", str(weights_folder() / "concepts.yaml"), "--concept", "mosaic", "--method", "uce",
-        "-o", out, code=2)  # fmt: skip
+    run(*again, "--method", "uce", "-o", out, code=2)
     weights.rename(weights.with_suffix(".bin"))
-    run("erase", str(broken), "--concepts-file", str(weights_folder() / "concepts.yaml"), "--concept", "mosaic", "--method", "uce",
-        "-o", out, code=2)  # fmt: skip
+    run(*again, "--method", "uce", "-o", out, code=2)
     assert not Path(out).exists()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".out")]
 

@@ -191,6 +191,8 @@ def test_a_saved_model_draws_the_same_picture_in_a_plain_pipeline(
 def test_other_schedulers_draw_the_pictures_of_a_pipeline(
     tiny_sd: Callable[..., Path], name: str, scheduler: str, prediction: str
 ) -> None:
+    if name == "lms":
+        pytest.importorskip("scipy")
     if (name, prediction) == ("pndm", "v_prediction"):
         pytest.skip("PNDM extrapolates past noise predictions (Liu et al., eq. 12), diffusers past v: two methods")
     folder = tiny_sd(version="2.1", prediction=prediction)

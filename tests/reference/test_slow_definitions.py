@@ -18,9 +18,7 @@ def bisect(x: torch.Tensor) -> torch.Tensor:
     return (x - high).clamp(min=0)
 
 
-@given(
-    rows=st.integers(1, 3), width=st.integers(1, 40), scale=st.sampled_from([1e-3, 1.0, 100.0]), seed=st.integers(0, 10**6)
-)
+@given(rows=st.integers(1, 3), width=st.integers(1, 40), scale=st.sampled_from([1e-3, 1.0, 100.0]), seed=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_simplex_projection_equals_bisection(rows: int, width: int, scale: float, seed: int) -> None:
     x = scale * torch.randn(rows, 2, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -147,6 +148,8 @@ class StableDiffusion:
             "euler": diffusers.EulerDiscreteScheduler,
             "pndm": diffusers.PNDMScheduler,
         }
+        if name == "lms" and importlib.util.find_spec("scipy") is None:
+            raise UserError("the lms scheduler needs scipy; run 'pip install scipy' or choose another scheduler")
         # `eps` always speaks noise, whatever the weights predict. Keys of the model's own scheduler that another class does
         # not know are dropped, so that its warnings stay out of the user's way.
         known = set(classes[name]._get_init_keys(classes[name]))

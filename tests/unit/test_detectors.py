@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import folders
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import folders
 from safeweights.core.concept import DetectorSpec
 from safeweights.core.errors import UserError
 from safeweights.detectors.load import open_detector
@@ -131,7 +131,7 @@ def test_what_cannot_be_opened_is_told_in_one_line(judge: Path, clip: Path, tmp_
         (spec(broken), "broken"),
         (spec("", label="x"), "no model"),
         (spec(clip), "cannot be used|not a complete model"),
-        (spec(judge, type="clip", texts=("a", "b")), "not a CLIP"),
+        (spec(judge, type="clip", label="", texts=("a", "b")), "not a CLIP"),
         (spec(clip, type="clip", label="", texts=("a",)), "at least one"),
         (spec(clip, type="clip", label="c", texts=("a", "b")), "'c'"),
     ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-import folders
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import folders
 from safeweights.audit.statistics import bootstrap_mean, difference, wilson
 from safeweights.metrics.clip_score import clip_score
 from safeweights.metrics.frechet import frechet_distance
@@ -133,10 +134,13 @@ def test_similarity(embedder: Embedder) -> None:
 
 def test_what_cannot_be_measured_is_none_with_its_reason(embedder: Embedder, clip: CLIP) -> None:
     found = [
-        clip_score(pictures(2), ["a", "b"], None), clip_score(pictures(0), [], clip), frechet_distance(pictures(64), pictures(64), None),
-        frechet_distance(pictures(8), pictures(64), embedder), similarity(pictures(2), pictures(2), None),
+        clip_score(pictures(2), ["a", "b"], None),
+        clip_score(pictures(0), [], clip),
+        frechet_distance(pictures(64), pictures(64), None),
+        frechet_distance(pictures(8), pictures(64), embedder),
+        similarity(pictures(2), pictures(2), None),
         similarity(pictures(0), pictures(0), embedder),
-    ]  # fmt: skip
+    ]
     for measurement in found:
         assert measurement.value is None
         assert measurement.interval is None
@@ -156,9 +160,8 @@ def test_an_embedder_never_uses_a_random_pooler(tmp_path: Path) -> None:
         num_labels=2,
     )
     ViTForImageClassification(config).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"image_processor_type": "ViTImageProcessor", "do_resize": false, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
-    )
+    preprocessing = {**folders.PREPROCESSING, "image_processor_type": "ViTImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     first, second = Embedder(str(tmp_path)).features(pictures(2)), Embedder(str(tmp_path)).features(pictures(2))
     torch.testing.assert_close(first, second)
     assert first.shape == (2, 16)

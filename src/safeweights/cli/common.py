@@ -42,9 +42,10 @@ def speaking(as_json: bool) -> Iterator[Show]:
         yield show
 
 
-def say(text: str) -> None:
-    """One line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, *, always: bool = False) -> None:
+    """One line of progress on stderr, for a person; a log gets it only with ``always``, so that errors stand alone there."""
+    if always or sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def workspace_in(folder: Path) -> Workspace:
@@ -106,7 +107,7 @@ def with_detector(file: ConceptFile, names: Sequence[str] | None) -> tuple[Conce
     if not found:
         raise UserError("no concept of the file has a detector: a detector is missing; add 'detector:' to at least one")
     if skipped := [concept.name for concept in file.concepts.values() if concept.detector is None]:
-        say(f"left out, since a detector is missing: {', '.join(skipped)}")
+        say(f"left out, since a detector is missing: {', '.join(skipped)}", always=True)
     return found
 
 

@@ -97,11 +97,12 @@ class Demo:
         name = f"{method}-{concept}"
         folder = self.folder / "models" / name
         if not (folder / "manifest.json").is_file():
+            say(f"erasing {concept} with {method}", always=True)
             manifest = erase(
                 SANDBOX, [concept], self.file, method, {}, output=folder, seed=self.seed, device=self.device, resume=True,
                 command=["safeweights", "erase", SANDBOX, "--concept", concept, "--method", method, "-o", name],
             )  # fmt: skip
-            say(f"  {manifest['seconds']:.0f} s")
+            say(f"  {manifest['seconds']:.0f} s", always=True)
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for record in protection_records(manifest, self.file, model=name, reference=SANDBOX):
             Store(self.folder).add(record)
@@ -161,12 +162,12 @@ class Demo:
         path = self.folder / file
         if path.is_file():
             return
-        say(what)
+        say(what, always=True)
         started = time.perf_counter()
         result = stage(self.protected(method, concept))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
-        say(f"  {time.perf_counter() - started:.0f} s")
+        say(f"  {time.perf_counter() - started:.0f} s", always=True)
 
     @cached_property
     def reference(self) -> DiffusionModel:

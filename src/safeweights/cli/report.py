@@ -22,7 +22,5 @@ def command(
     with speaking(as_json) as show:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give one that attack, evaluate or demo wrote")
-        if not any((folder / "records").glob("*.json")):
-            raise UserError(f"{folder} holds no records; give a folder that attack, evaluate or demo wrote")
         path = write_report(folder)
         show({"report": str(path)}, f"report: {path}")

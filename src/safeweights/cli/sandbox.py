@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from safeweights.cli import options
-from safeweights.cli.common import say, speaking
+from safeweights.cli.common import percent, say, speaking
+from safeweights.core.errors import UserError
 from safeweights.release.output import check_target, output_folder
 
 app = typer.Typer(
@@ -42,6 +44,34 @@ def train(
             run(out.folder, work=out.work / "training", budget=budget, seed=seed, workers=workers)
             write_concepts_file(out.folder)
         show({"output": str(output)}, f"sandbox: {output} (use it with SAFEWEIGHTS_SANDBOX={output})")
+
+
+@app.command("evaluate")
+def evaluate(
+    folder: Annotated[Path | None, typer.Argument(help="A sandbox folder. [default: the one in use]", show_default=False)] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Pictures generated of each concept.")] = 32,
+    fresh: Annotated[
+        int, typer.Option("--fresh", min=64, help="Freshly drawn pictures that the detectors are tried on.")
+    ] = 4_000,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="Write a contact sheet (PNG) here.", show_default=False)] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Processes, one thread each.")] = 2,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Measure the sandbox: its detectors on fresh drawings, its model by the detectors."""
+    from safeweights.sandbox.files import model_folder, weights_folder
+
+    with speaking(as_json) as show:
+        if folder is None:
+            model_folder()  # tells where the model is missing
+            folder = weights_folder()
+        elif not (folder / "model" / "model_index.json").is_file():
+            raise UserError(f"{folder} is no sandbox folder; give one that 'safeweights sandbox train' or 'export' wrote")
+        from safeweights.sandbox.evaluate import evaluate as measure
+
+        found = measure(folder, n=n, fresh=fresh, seed=seed, processes=processes, sheet=sheet)
+        rates = {name: entry["rate"] for name, entry in found["generator"]["concepts"].items()}
+        show(found, *(f"{name:<24} {percent(rate)} of {n} pictures judged right" for name, rate in rates.items()))
 
 
 @app.command("export")

@@ -42,11 +42,11 @@ def output_folder(
     """
     target = Path(target).expanduser().resolve()
     folder, work, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "work", "old"))
-    check_target(target, overwrite)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not target.exists():
             old.rename(target)  # an earlier run was killed between its two renames
+        check_target(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _remove(old)
         work.mkdir(exist_ok=True)
     except OSError as error:

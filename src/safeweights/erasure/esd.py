@@ -90,7 +90,13 @@ class ESD:
             return mse_loss(student.eps(batch.x_t, batch.t, c), target)
 
         losses = descend(
-            student.trainable(), loss_at, steps=self.steps, lr=self.lr, workspace=workspace, description="erasing (esd)"
+            student.trainable(),
+            loss_at,
+            steps=self.steps,
+            lr=self.lr,
+            workspace=workspace,
+            description="erasing (esd)",
+            facts={"seed": seed, "texts": texts, "settings": describe(self)},
         )
         return Protection(
             method=self.name,

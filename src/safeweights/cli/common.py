@@ -107,7 +107,7 @@ def with_detector(file: ConceptFile, names: Sequence[str] | None) -> tuple[Conce
     if not found:
         raise UserError("no concept of the file has a detector: a detector is missing; add 'detector:' to at least one")
     if skipped := [concept.name for concept in file.concepts.values() if concept.detector is None]:
-        say(f"left out, since a detector is missing: {', '.join(skipped)}", always=True)
+        say(f"left out, since a detector is missing: {', '.join(skipped)}")
     return found
 
 

@@ -57,7 +57,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("SAFEWEIGHTS_DEBUG") == "1"
     _quiet(debug)
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=None if arguments is None else list(arguments), prog_name="safeweights", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return 130

@@ -1,0 +1,211 @@
+"""The audit judges honestly: what it counts, what it keeps apart, what it doubts, and that it says the same twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safeweights.audit import doubts
+from safeweights.audit.audit import Names, audit, choose_prompts, concept_pictures
+from safeweights.audit.evaluate import evaluate, names_term, retained_concepts
+from safeweights.audit.pictures import Painter
+from safeweights.core.attack import Candidate
+from safeweights.core.concept import Concept, ConceptFile, DetectorSpec, Prompt
+from safeweights.core.detector import Detection
+from safeweights.core.errors import UserError
+from safeweights.core.model import Sampling
+from safeweights.core.table import ATTACKS, configure, resolve
+from safeweights.core.workspace import Workspace
+from safeweights.metrics.backbones import Backbones
+from safeweights.records.record import Measurement
+from safeweights.records.store import Store, deterministic
+
+SAMPLING = Sampling(width=16, height=16, steps=2, guidance_scale=2.0)
+NAMES = Names(model="protected", reference="base", method="esd", hashes={"model": "m", "reference": "r"})
+SPEC = DetectorSpec(type="python", model="fake")
+
+
+class Brighter:
+    """Sees the concept in pictures whose mean is above a level that splits the tiny model's pictures."""
+
+    level = 0.5
+
+    def detect(self, images: torch.Tensor) -> Detection:
+        score = images.flatten(1).mean(1).clamp(0, 1)
+        return Detection(score >= self.level, score)
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "fake", "model": "", "label": "", "threshold": self.level, "sha256": "0" * 64}
+
+
+def concept(name: str = "dog", tests: int = 6, **more: Any) -> Concept:
+    values: dict[str, Any] = {
+        "name": name, "kind": "object", "term": name, "prompts": (Prompt(f"a picture of a {name}"),), "detector": SPEC,
+        "test_prompts": tuple(Prompt(f"a {name} {'red ' * i}", seed=i) for i in range(tests)),
+    }  # fmt: skip
+    return Concept(**{**values, **more})
+
+
+def attack(name: str, **settings: Any) -> Any:
+    return configure(resolve(ATTACKS, name, "attack"), settings)
+
+
+@pytest.fixture
+def median(tiny_model: Any, monkeypatch: Any) -> float:
+    """A level that half of the plain pictures pass."""
+    painter = Painter(tiny_model, SAMPLING, "tiny")
+    prompts = choose_prompts(concept(), n=6, seed=0)
+    means = painter.ask([p.text for p in prompts], [p.seed or 0 for p in prompts]).flatten(1).mean(1)
+    monkeypatch.setattr(Brighter, "level", float(means.median()) + 1e-6)
+    return float(means.median())
+
+
+def test_counts_and_intervals(tiny_model: Any, median: float, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = audit(
+        tiny_model, tiny_model, concept(), attack("seed-search", images=4), names=NAMES, sampling=SAMPLING, store=store,
+        detector=Brighter(),
+    )  # fmt: skip
+    details = record.details
+    assert details["n"] == 6
+    assert details["pre_asr"]["successes"] == 3
+    assert details["reference_rate"] == 0.5
+    assert details["asr"]["successes"] == 3 + sum(details["fallen_per_round"][1:])
+    assert sum(item["success"] for item in details["found"]) == details["asr"]["successes"]
+    assert details["mode"] == "seed"
+    assert details["budget"]["images_per_prompt"] == 4
+    assert store.records() == [record]
+    assert {artefact.role for artefact in record.artefacts} == {"reference", "protected", "attacked"}
+    assert all((tmp_path / artefact.path).is_file() for artefact in record.artefacts)
+
+
+def test_no_attack_asks_once(tiny_model: Any, median: float) -> None:
+    record = audit(tiny_model, tiny_model, concept(), attack("no-attack"), names=NAMES, sampling=SAMPLING, detector=Brighter())
+    assert record.details["pre_asr"] == record.details["asr"]
+
+
+def test_same_seed_same_record(tiny_model: Any, median: float, tmp_path: Path) -> None:
+    def once(folder: str) -> Any:
+        settings = {"timesteps": 2, "steps": 2, "tokens": 1}
+        record = audit(
+            tiny_model, tiny_model, concept(), attack("unlearndiffatk", **settings), names=NAMES, sampling=SAMPLING,
+            store=Store(tmp_path / folder), workspace=Workspace(tmp_path / f"{folder}-work"), detector=Brighter(),
+        )  # fmt: skip
+        return deterministic(record)
+
+    assert once("one") == once("two")
+
+
+def test_a_killed_audit_resumes_to_the_same_record(tiny_model: Any, median: float, tmp_path: Path, monkeypatch: Any) -> None:
+    from safeweights.attacks.adversarial import unlearndiffatk
+
+    def run(folder: Path) -> Any:
+        return deterministic(
+            audit(
+                tiny_model, tiny_model, concept(), attack("unlearndiffatk", timesteps=3, steps=2, tokens=1), names=NAMES,
+                sampling=SAMPLING, workspace=Workspace(folder), detector=Brighter(),
+            )  # fmt: skip
+        )
+
+    whole = run(tmp_path / "whole")
+    real, count = unlearndiffatk._Search.step, 0
+
+    def step(self: Any, t: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        real(self, t)
+
+    monkeypatch.setattr(unlearndiffatk._Search, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(unlearndiffatk._Search, "step", real)
+    assert run(tmp_path / "cut") == whole
+
+
+def test_attacks_never_see_a_judged_picture(tiny_model: Any, median: float) -> None:
+    prompts = choose_prompts(concept(), n=6, seed=0)
+    painter = Painter(tiny_model, SAMPLING, "tiny")
+    judged = painter.ask([p.text for p in prompts], [p.seed or 0 for p in prompts])
+    shown = concept_pictures(painter, Brighter(), prompts, seed=0, workspace=Workspace(), tries=4)
+    for picture in shown:
+        assert all(not torch.equal(picture, other) for other in judged)
+    # Pictures that show the concept are preferred.
+    assert Brighter().detect(torch.stack(shown)).present.float().mean() > 0.5
+
+
+def test_prompts_keep_their_seeds_and_repeat_with_new_ones() -> None:
+    chosen = choose_prompts(concept(tests=2), n=5, seed=0)
+    assert [p.seed for p in chosen[:2]] == [0, 1]
+    assert len({(p.text, p.seed) for p in chosen}) == 5
+    with pytest.raises(UserError, match="at least 1"):
+        choose_prompts(concept(), n=0, seed=0)
+
+
+def test_painter_draws_nothing_twice(tiny_model: Any, tmp_path: Path) -> None:
+    painter = Painter(tiny_model, SAMPLING, "tiny", tmp_path)
+    first = painter.draw([Candidate("a dog", 1), Candidate("a cat", 2)])
+    calls = tiny_model.calls.eps
+    assert torch.equal(painter.draw([Candidate("a cat", 2), Candidate("a dog", 1)]), first.flip(0))
+    assert tiny_model.calls.eps == calls
+    # A picture cut off by a kill is drawn again.
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:40])
+    assert torch.equal(painter.draw([Candidate("a dog", 1), Candidate("a cat", 2)]), first)
+
+
+def test_evaluate_reads_every_number_against_the_reference(
+    tiny_model: Any, median: float, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import safeweights.audit.evaluate as module
+
+    monkeypatch.setattr(module, "open_detector", lambda *a, **k: Brighter())
+    file = ConceptFile(concepts={name: concept(name) for name in ("dog", "cat", "house")})
+    store = Store(tmp_path)
+    result = evaluate(
+        tiny_model, tiny_model, [file.concepts["dog"]], file, names=NAMES, sampling=SAMPLING, n=6, retain_n=4, store=store,
+        backbones=Backbones(),
+    )  # fmt: skip
+    dog = result["concepts"]["dog"]
+    assert dog["rate"] == dog["reference_rate"] == 0.5
+    assert result["retention"]["n"] == 8
+    assert result["retention"]["relative"] == 1.0
+    assert result["clip_score"]["model"] is None
+    assert "--clip-model" in result["clip_score"]["why"]
+    (record,) = store.records()
+    assert {m.name for m in record.measurements} >= {"concept_rate", "retention", "neighbour_rate:cat", "frechet_distance"}
+
+
+def test_retained_concepts_are_not_asked_for_in_the_erased_concepts_words() -> None:
+    mixed = concept("cat", test_prompts=(Prompt("a cat and a dog"), Prompt("a cat"), Prompt("a hotdog and a cat")))
+    file = ConceptFile(concepts={"dog": concept(), "cat": mixed, "house": concept("house", detector=None)})
+    (kept,) = retained_concepts([file.concepts["dog"]], file)
+    assert [p.text for p in kept.test_prompts] == ["a cat", "a hotdog and a cat"]
+    assert names_term("a Dog.", "dog")
+    assert not names_term("dogs", "dog")
+
+
+def rate(name: str, hits: int, n: int, reference: float | None = None) -> Measurement:
+    from safeweights.audit.statistics import wilson
+
+    return Measurement(name=name, value=hits / n, n=n, interval=wilson(hits, n), reference=reference)
+
+
+def test_doubts_are_raised_and_only_then() -> None:
+    assert [d.name for d in doubts.not_there_before(rate("reference_rate", 2, 10))] == ["not_there_before"]
+    assert not doubts.not_there_before(rate("reference_rate", 9, 10))
+    assert [d.name for d in doubts.few_samples(rate("asr", 1, 8))] == ["few_samples"]
+    assert not doubts.few_samples(rate("asr", 1, 80))
+    assert [d.name for d in doubts.collapsed([rate("neighbour_rate:cat", 1, 8, 1.0)])] == ["collapsed"]
+    assert not doubts.collapsed([rate("neighbour_rate:cat", 7, 8, 1.0), rate("neighbour_rate:dog", 0, 8, 0.25)])
+    assert [d.name for d in doubts.gradients([{"gradient_norm": 0.0}])] == ["no_gradient"]
+    assert [d.name for d in doubts.gradients([{"gradient_norm": float("nan")}])] == ["no_gradient"]
+    assert not doubts.gradients([{"gradient_norm": 0.0}, {"gradient_norm": 0.2}])
+    assert [d.name for d in doubts.not_converged([0, 1, 1, 1, 3], 20)] == ["not_converged"]
+    assert not doubts.not_converged([9, 1, 1, 0, 0], 20)
+    assert [d.name for d in doubts.trigger_happy_detector(20, 100, 0.01)] == ["trigger_happy_detector"]
+    assert not doubts.trigger_happy_detector(2, 100, 0.01)

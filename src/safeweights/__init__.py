@@ -15,7 +15,6 @@ _PUBLIC = {
     "Record": "safeweights.records.record",
     "Sampling": "safeweights.core.model",
     "UserError": "safeweights.core.errors",
-    "audit": "safeweights.audit.audit",
     "evaluate": "safeweights.audit.evaluate",
     "load_concepts": "safeweights.core.concept",
     "method": "safeweights.core.table",

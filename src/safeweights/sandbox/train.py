@@ -1,0 +1,352 @@
+"""Train the sandbox from nothing: autoencoder, generator, judges. Two processor cores, under two hours.
+
+The work is cut into stages. Each leaves a done-file in the work folder, so that the same command after an interruption
+skips what is finished and continues the rest from its last checkpoint. Budgets are counts of steps, not minutes, so
+that the same seed gives the same weights on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safeweights.core.errors import UserError
+from safeweights.sandbox import tokenizer, world
+
+STAGES = ("data", "tokenizer", "autoencoder", "latents", "generator", "decoder", "judges")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of everything; the defaults are what the shipped weights were trained with."""
+
+    pictures: int = 30_000
+    """Pictures the generator learns from; none shows a held-back concept."""
+    judge_pictures: int = 24_000
+    """Pictures for the autoencoder, the judges, CLIP and the embedder; held-back concepts included."""
+    autoencoder_steps: int = 900
+    generator_steps: int = 4_800
+    decoder_steps: int = 900
+    judge_steps: int = 800
+    clip_steps: int = 1_600
+    embedder_steps: int = 1_500
+    batch: int = 32
+    autoencoder: dict[str, Any] = field(default_factory=dict)
+    """Changes to the autoencoder's configuration, for tests."""
+    unet: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+
+    def lasting(self, minutes: float) -> Budget:
+        """This budget with its steps scaled to about `minutes` on two cores; the default takes about 110."""
+        share = minutes / 110
+        steps = {k: max(1, round(v * share)) for k, v in asdict(self).items() if k.endswith("_steps")}
+        return replace(self, **steps)
+
+
+class Log:
+    """Progress on stderr: a bar on a terminal, else a line every half minute."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+
+    def __reduce__(self) -> tuple[type[Log], tuple[()]]:
+        # Runs travel to worker processes; a console holds locks, which do not.
+        return Log, ()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", highlight=False, markup=False)
+
+    def follow(self, name: str, steps: int) -> Callable[[int, float], None]:
+        """A function to call after each step with the number of steps done and the loss."""
+        began, last, first, mean = time.monotonic(), 0.0, -1, 0.0
+
+        def report(step: int, loss: float) -> None:
+            nonlocal last, first, mean
+            if first < 0:
+                first, mean = step - 1, loss
+            mean += 0.02 * (loss - mean)
+            now = time.monotonic()
+            if now - last > 30 or step == steps:
+                last = now
+                left = (now - began) / (step - first) * (steps - step) / 60
+                text = f"{name}: step {step}/{steps}, loss {mean:.4f}, {left:.1f} min left"
+                if self._console.is_terminal:
+                    self._console.print(text, end="\r", highlight=False)
+                else:
+                    self.say(text)
+
+        return report
+
+
+def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    write(beside)
+    os.replace(beside, path)
+
+
+def save_array(path: Path, array: Any) -> None:
+    _replace_file(path, lambda p: np.save(p, array))
+
+
+def _save_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    _replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every stage needs to know."""
+
+    work: Path
+    budget: Budget
+    seed: int
+    workers: int
+    log: Log
+
+
+def _data(run: _Run) -> dict[str, Any]:
+    sets = (("drawn", run.budget.pictures, False), ("judged", run.budget.judge_pictures, True))
+    for offset, (name, n, held_back) in enumerate(sets):
+        seed = 10 * run.seed + offset + 1
+        pictures, captions, labels = world.dataset(n, seed, held_back=held_back, processes=run.workers)
+        save_array(run.work / f"{name}.npy", pictures)
+        _save_json(run.work / f"{name}.json", {"captions": captions, "labels": labels})
+    return {name: n for name, n, _ in sets}
+
+
+def _tokenizer(run: _Run) -> dict[str, Any]:
+    texts = [t for name in ("drawn", "judged") for t in load_json(run.work / f"{name}.json")["captions"]]
+    tokenizer.save(texts, run.work / "tokenizer")
+    return {"entries": tokenizer.SIZE}
+
+
+def _autoencoder(run: _Run) -> dict[str, Any]:
+    from safeweights.sandbox import vae, workers
+
+    task = partial(vae.Autoencoding, run.work / "judged.npy", run.budget.batch, run.seed, run.budget.autoencoder)
+    steps = run.budget.autoencoder_steps
+    fitting = workers.Fitting(steps=steps, seed=run.seed + 1, ema=0.99)
+    report = run.log.follow("autoencoder", steps)
+    workers.fit(task, run.work / "autoencoder.pt", fitting, workers=run.workers, report=report)
+    return {"steps": steps}
+
+
+def _load_vae(run: _Run) -> Any:
+    """The autoencoder as it ships: rounded to half precision, computing in single."""
+    from safeweights.sandbox import vae, workers
+
+    model = vae.build(**run.budget.autoencoder)
+    workers.averaged(model, run.work / "autoencoder.pt")
+    if (run.work / "decoder.done").exists():
+        workers.averaged(vae.decoder_of(model), run.work / "decoder.pt")
+    return model.half().float().eval()
+
+
+def _encode(job: tuple[_Run, int, int]) -> Any:
+    from safeweights.sandbox import vae, workers
+
+    run, first, last = job
+    with workers.one_thread():
+        return vae.encode(_load_vae(run), np.load(run.work / "drawn.npy", mmap_mode="r")[first:last])
+
+
+def _decode(job: tuple[_Run, int, int]) -> Any:
+    from safeweights.sandbox import vae, workers
+
+    run, first, last = job
+    with workers.one_thread():
+        model = _load_vae(run)
+        pictures = np.load(run.work / "judged.npy", mmap_mode="r")[first:last]
+        return vae.decode(model, vae.encode(model, pictures))
+
+
+def _spread(run: _Run, work: Callable[[tuple[_Run, int, int]], Any], rows: int) -> list[Any]:
+    """Do `work` on pieces of `rows` rows, one process a core."""
+    import torch
+
+    jobs = [(run, a, min(a + 1_000, rows)) for a in range(0, rows, 1_000)]
+    if run.workers == 1 or len(jobs) == 1:
+        return [work(job) for job in jobs]
+    with torch.multiprocessing.get_context("spawn").Pool(run.workers) as pool:
+        # As arrays: torch would hand every tensor over through a file descriptor of its own.
+        return pool.map(partial(_as_array, work), jobs, chunksize=1)
+
+
+def _as_array(work: Callable[[tuple[_Run, int, int]], Any], job: tuple[_Run, int, int]) -> Any:
+    return np.asarray(work(job))
+
+
+def _latents(run: _Run) -> dict[str, Any]:
+    import torch
+    from transformers import CLIPTokenizer
+
+    from safeweights.sandbox import vae, workers
+
+    latents = np.concatenate([np.asarray(part) for part in _spread(run, _encode, run.budget.pictures)])
+    scale = 1 / float(latents.std())
+    save_array(run.work / "latents.npy", (latents * scale).astype(np.float16))
+    n = min(500, len(latents))
+    with workers.one_thread():
+        again = vae.decode(_load_vae(run), torch.from_numpy(latents[:n]))
+    decibels = vae.decibels(np.load(run.work / "drawn.npy", mmap_mode="r")[:n], again)
+    reader = CLIPTokenizer.from_pretrained(str(run.work / "tokenizer"))
+    captions = load_json(run.work / "drawn.json")["captions"]
+    full = {"padding": "max_length", "max_length": 77, "truncation": True}
+    save_array(run.work / "tokens.npy", np.array(reader(captions, **full)["input_ids"], np.int64))
+    save_array(run.work / "empty.npy", np.array(reader("", **full)["input_ids"], np.int64))
+    return {"scaling_factor": scale, "decibels": decibels, "n": n}
+
+
+def _generator(run: _Run) -> dict[str, Any]:
+    from safeweights.sandbox import generator, workers
+
+    steps = run.budget.generator_steps
+    fitting = workers.Fitting(steps=steps, seed=run.seed + 2)
+    report = run.log.follow("generator", steps)
+    checkpoint = run.work / "generator.pt"
+    workers.fit(_denoising(run, generator), checkpoint, fitting, workers=run.workers, report=report)
+    return {"steps": steps}
+
+
+def _decoder(run: _Run) -> dict[str, Any]:
+    from safeweights.sandbox import vae, workers
+
+    b, steps = run.budget, run.budget.decoder_steps
+    task = partial(vae.Decoding, run.work / "judged.npy", run.work / "autoencoder.pt", b.batch, run.seed + 3, b.autoencoder)
+    fitting = workers.Fitting(steps=steps, seed=run.seed + 3, ema=0.99, muon_lr=1e-3, adam_lr=5e-4)
+    report = run.log.follow("decoder", steps)
+    workers.fit(task, run.work / "decoder.pt", fitting, workers=run.workers, report=report)
+    return {"steps": steps}
+
+
+def _denoising(run: _Run, generator: Any) -> Any:
+    vocabulary = len(load_json(run.work / "tokenizer" / "vocab.json"))
+    b = run.budget
+    return partial(generator.Denoising, run.work, b.batch, run.seed, vocabulary, b.unet, b.text)
+
+
+def export(work: Path, output: Path, *, budget: Budget | None = None) -> int:
+    """Write the generator's latest checkpoint as a diffusers folder; the number of steps it has seen.
+
+    Works while training goes on. An older folder at `output` is replaced in one move.
+    """
+    from safeweights.sandbox import generator, workers
+
+    run = _Run(work, budget or Budget(), 0, 1, Log())
+    task = _denoising(run, generator)()
+    steps = workers.averaged(task.model, work / "generator.pt")
+    autoencoder = _load_vae(run)
+    autoencoder.register_to_config(scaling_factor=load_json(work / "latents.done")["scaling_factor"])
+    beside = output.with_name(f"{output.name}.{os.getpid()}.part")
+    generator.save_pipeline(autoencoder, task.model, work / "tokenizer", beside)
+    if output.exists():
+        old = output.with_name(f"{output.name}.{os.getpid()}.old")
+        os.replace(output, old)
+        os.replace(beside, output)
+        shutil.rmtree(old)
+    else:
+        os.replace(beside, output)
+    return steps
+
+
+def _judges(run: _Run) -> dict[str, Any]:
+    from safeweights.sandbox import judges
+
+    export(run.work, run.work / "model", budget=run.budget)
+    if not (run.work / "decoded.npy").exists():
+        parts = _spread(run, _decode, max(1, run.budget.judge_pictures // 3))
+        save_array(run.work / "decoded.npy", np.concatenate([np.asarray(part) for part in parts]))
+    return judges.train_all(run.work, run.budget, seed=run.seed, processes=run.workers, log=run.log)
+
+
+_DO: dict[str, Callable[[_Run], dict[str, Any]]] = {
+    "data": _data,
+    "tokenizer": _tokenizer,
+    "autoencoder": _autoencoder,
+    "latents": _latents,
+    "generator": _generator,
+    "decoder": _decoder,
+    "judges": _judges,
+}
+
+
+def train(
+    output: Path | None,
+    *,
+    work: Path,
+    budget: Budget | None = None,
+    seed: int = 0,
+    workers: int = 2,
+    until: str = STAGES[-1],
+) -> None:
+    """Train the whole sandbox in `work` and put its weights into the folder `output` (None leaves them in `work`).
+
+    The same call continues an interrupted run. `until` names the last stage to do. Raises UserError where `work`
+    holds a run with other settings.
+    """
+    budget = budget or Budget()
+    if until not in STAGES:
+        raise UserError(f"no training stage is called '{until}'; stages: {', '.join(STAGES)}")
+    work.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": seed, "workers": workers, **asdict(budget)}
+    kept = work / "settings.json"
+    if kept.exists() and load_json(kept) != json.loads(json.dumps(settings)):
+        raise UserError(f"{work} holds a training run with other settings; use the same ones or another work folder")
+    _save_json(kept, settings)
+    run = _Run(work, budget, seed, workers, Log())
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        done = work / f"{stage}.done"
+        if done.exists():
+            continue
+        run.log.say(f"{stage} begins")
+        began = time.monotonic()
+        found = _DO[stage](run)
+        _save_json(done, {**found, "seconds": round(time.monotonic() - began, 1)})
+        run.log.say(f"{stage} done: {found}")
+    if output is not None:
+        install(work, output)
+
+
+def install(work: Path, output: Path) -> None:
+    """Copy the finished weights of a run into the folder that holds the sandbox; other files there are kept."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "detectors", "clip", "embedder"):
+        beside = output / f"{name}.{os.getpid()}.part"
+        shutil.copytree(work / name, beside)
+        if (output / name).exists():
+            shutil.rmtree(output / name)
+        os.replace(beside, output / name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m safeweights.sandbox.train WORK [OUTPUT] [--until STAGE] [--seed N]`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Train the sandbox from nothing.")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("--until", default=STAGES[-1])
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    train(given.output, work=given.work, seed=given.seed, until=given.until)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

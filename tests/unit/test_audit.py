@@ -105,9 +105,15 @@ def test_a_killed_audit_resumes_to_the_same_record(tiny_model: Any, median: floa
     def run(folder: Path) -> Any:
         return deterministic(
             audit(
-                tiny_model, tiny_model, concept(), attack("unlearndiffatk", timesteps=3, steps=2, tokens=1), names=NAMES,
-                sampling=SAMPLING, workspace=Workspace(folder), detector=Brighter(),
-            )  # fmt: skip
+                tiny_model,
+                tiny_model,
+                concept(),
+                attack("unlearndiffatk", timesteps=3, steps=2, tokens=1),
+                names=NAMES,
+                sampling=SAMPLING,
+                workspace=Workspace(folder),
+                detector=Brighter(),
+            )
         )
 
     whole = run(tmp_path / "whole")

@@ -44,12 +44,14 @@ def command(
         typer.Option("--retain-n", min=1, help="Pictures of every other concept. [default: a quarter of --n, at least 4]"),
     ] = None,
     clip_model: Annotated[
-        str | None, typer.Option("--clip-model", help="A CLIP folder or Hub id for the CLIP score. [default: the sandbox's own]")
+        str | None,
+        typer.Option("--clip-model", help="A CLIP folder or Hub id for the CLIP score. [default: clip/ beside the concept file]"),
     ] = None,
     feature_model: Annotated[
         str | None,
         typer.Option(
-            "--feature-model", help="A vision model's folder or Hub id for the Frechet distance. [default: the sandbox's own]"
+            "--feature-model",
+            help="A vision model's folder or Hub id for the Frechet distance. [default: embedder/ beside the concept file]",
         ),
     ] = None,
     concepts_file: options.ConceptsFile = None,

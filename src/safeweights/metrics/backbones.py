@@ -16,18 +16,17 @@ class Backbones:
     features: str | None = None
 
     def open_clip(self) -> CLIP | None:
+        """The CLIP model, where one is named."""
         return CLIP(self.clip) if self.clip else None
 
     def open_features(self) -> Embedder | None:
+        """The feature model, where one is named."""
         return Embedder(self.features) if self.features else None
 
 
 def default_backbones(file: ConceptFile) -> Backbones:
-    """The sandbox's own CLIP and embedder for the sandbox's concept file; nothing for any other."""
-    from safeweights.sandbox.files import sandbox_concepts, weights_folder
-
-    sandbox = sandbox_concepts().path
-    if file.path is None or sandbox is None or file.path.resolve() != sandbox.resolve():
+    """The folders ``clip`` and ``embedder`` beside the concept file, as far as they are there."""
+    if file.path is None:
         return Backbones()
-    clip, features = weights_folder() / "clip", weights_folder() / "embedder"
+    clip, features = (file.path.resolve().parent / name for name in ("clip", "embedder"))
     return Backbones(str(clip) if clip.is_dir() else None, str(features) if features.is_dir() else None)

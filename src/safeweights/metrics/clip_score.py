@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from safeweights.metrics.intervals import bootstrap_mean
+from safeweights.core.intervals import bootstrap_mean
 from safeweights.models.vision import CLIP
 from safeweights.records.record import Measurement
 

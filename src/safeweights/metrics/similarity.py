@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safeweights.metrics.intervals import bootstrap_mean
+from safeweights.core.intervals import bootstrap_mean
 from safeweights.models.vision import Embedder
 from safeweights.records.record import Measurement
 

@@ -93,8 +93,7 @@ class Record:
             raise ValueError(f"record schema {data.get('schema')!r}, this version reads {SCHEMA}")
         values = dict(data)
         values["measurements"] = tuple(
-            Measurement(**{**m, "interval": tuple(m["interval"]) if m.get("interval") else None})
-            for m in data["measurements"]
+            Measurement(**{**m, "interval": tuple(m["interval"]) if m.get("interval") else None}) for m in data["measurements"]
         )
         values["doubts"] = tuple(Doubt(**d) for d in data["doubts"])
         values["artefacts"] = tuple(Artefact(**a) for a in data["artefacts"])

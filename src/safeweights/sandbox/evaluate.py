@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from safeweights.core.intervals import wilson
 from safeweights.models.quiet import quiet
-from safeweights.models.vision import CLIP, Embedder
+from safeweights.models.vision import CLIP, Backbone, Embedder
 from safeweights.sandbox import vae, world
 from safeweights.sandbox.workers import one_thread
 
@@ -25,15 +26,8 @@ Say = Callable[[str], None]
 
 def _rate(right: int, n: int) -> dict[str, Any]:
     """A measured proportion with its Wilson 95 % interval."""
-    z2, p = 1.959963984540054**2, right / n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
-    return {
-        "n": n,
-        "right": right,
-        "rate": round(p, 4),
-        "ci95": [round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4)],
-    }
+    low, high = wilson(right, n)
+    return {"n": n, "right": right, "rate": round(right / n, 4), "ci95": [round(low, 4), round(high, 4)]}
 
 
 def concepts() -> list[tuple[str, str]]:
@@ -94,24 +88,22 @@ class Detectors:
     """The four detectors of a sandbox folder."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForImageClassification
-
-        with quiet():
-            self._models = {
-                kind: AutoModelForImageClassification.from_pretrained(str(folder / "detectors" / kind)).float().eval()
-                for kind in ("style", "object", "identity", "content")
-            }
+        # Through the same door as a user's own detector, preprocessing included.
+        self._models = {
+            kind: Backbone(str(folder / "detectors" / kind), "AutoModelForImageClassification", f"{kind} detector")
+            for kind in ("style", "object", "identity", "content")
+        }
 
     @torch.no_grad()
     def probabilities(self, kind: str, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n, classes)."""
-        model = self._models[kind]
-        parts = [model(vae.to_model(pictures[i : i + 128])).logits for i in range(0, len(pictures), 128)]
-        found: NDArray[np.float32] = torch.cat(parts).softmax(1).numpy()
+        judge = self._models[kind]
+        logits = [judge.model(pixel_values=pixels).logits for pixels in judge.pixels(_as_images(pictures))]
+        found: NDArray[np.float32] = torch.cat(logits).softmax(1).numpy()
         return found
 
     def names(self, kind: str) -> list[str]:
-        labels = self._models[kind].config.id2label
+        labels = self._models[kind].model.config.id2label
         return [labels[i] for i in range(len(labels))]
 
     def label(self, kind: str, pictures: NDArray[np.uint8]) -> list[str]:

@@ -977,9 +977,7 @@ def _chunk(job: tuple[int, int, int, bool]) -> tuple[Bytes, list[str], list[dict
     return pictures, captions, truths
 
 
-def dataset(
-    n: int, seed: int, *, held_back: bool = False, processes: int = 2
-) -> tuple[Bytes, list[str], list[dict[str, str]]]:
+def dataset(n: int, seed: int, *, held_back: bool = False, processes: int = 2) -> tuple[Bytes, list[str], list[dict[str, str]]]:
     """`n` pictures (uint8, n x 64 x 64 x 3) with their captions and labels; the number of processes changes nothing."""
     step = 500
     jobs = [(a, min(a + step, n), seed, held_back) for a in range(0, n, step)]
@@ -1078,7 +1076,7 @@ def write_concepts_file(folder: Path) -> None:
 
     content = concepts_file()
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
-    for number, (name, concept) in enumerate(content["concepts"].items()):
+    for number, concept in enumerate(content["concepts"].values()):
         prompts = concept_prompts(concept["kind"], concept["detector"]["label"], n=64, seed=1, split="test")
         with (folder / concept["test_prompts_csv"]).open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +80,6 @@ class Painter:
         if (path := self._path(candidate)) is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")  # two runs may share the folder
         Image.fromarray(image).save(partial, format="PNG")
         partial.replace(path)

@@ -246,8 +246,9 @@ def test_attack_evaluate_report(erased: Path, tmp_path: Path, capsys: pytest.Cap
 def test_another_file_measures_no_quality_unless_named(
     erased: Path, sandbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = sandbox / "other.yaml"
-    other.write_text((sandbox / "concepts.yaml").read_text())
+    other = tmp_path / "other.yaml"
+    text = (sandbox / "concepts.yaml").read_text()
+    other.write_text(text.replace("detectors/", f"{sandbox}/detectors/"))
     command = ["evaluate", erased, "--reference", "sandbox", "--n", 2, "--concepts-file", other]
     bare = printed(capsys, *command, "-o", tmp_path / "a")
     assert bare["clip_score"]["model"] is None

@@ -16,6 +16,7 @@ import typer
 from safeweights.cli import options
 from safeweights.cli.common import SANDBOX, names_of, sampling_of, say, speaking, workspace_in
 from safeweights.cli.erase import erase
+from safeweights.release.manifest import hash_input
 from safeweights.release.output import check_target, output_folder, write_json
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def command(
         check_target(output, overwrite)
         from safeweights.sandbox.files import model_folder, sandbox_concepts
 
-        model_folder()  # tells where the model is missing
+        chosen = {"n": n, "seed": seed, "sandbox": hash_input(model_folder())}
         started = time.perf_counter()
-        with output_folder(output, overwrite=overwrite, resume=resume, options={"n": n, "seed": seed}) as out:
+        with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
             # Finished stages stay in the work folder, where an interrupted run finds them.
             job = Demo(out.work / "result", sandbox_concepts(), n, seed, device, workspace_in(out.work / "drawn"))
             job.run()

@@ -37,7 +37,7 @@ class UCE:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": {"prompts": "term"}}
 
     tokens: Literal["last", "all"] = "all"
-    """Positions edited: the concept's last token, or all from there through the padding (the stronger, older script)."""
+    """Positions edited: the concept's last token, or all from its first through the padding (much as the stronger, older script)."""
     alpha: float = 1.0
     """Weight of an edited token, a in eq. 7; > 0."""
     beta: float | None = None
@@ -98,15 +98,14 @@ class UCE:
         for row, (_, _, term) in enumerate(pairs):
             end, guide_end = ends[row], guide_ends[row]
             where = find_term(model, ids[row : row + 1], term)[0]
-            last = where[-1] if where else end
+            first, last = (where[0], where[-1]) if where else (end, end)
+            # Each position is paired with the guide's position as far from the end of its text.
+            shift = guide_end - end
             if self.tokens == "last":
                 # Without a text to point at, the end token stands for the empty prompt.
-                positions = [(last, min(max(guide_end, 1), guide_end + last - end) if guide_end else 1)]
+                positions = [(last, max(1, last + shift))]
             else:
-                # From the concept's last token to the end of the context, each with the guide's token as far from its end.
-                span = old.shape[1] - last
-                shift = guide_end - end
-                positions = [(p, max(1, p + shift)) for p in range(last, last + span) if p + shift < old.shape[1]]
+                positions = [(p, max(1, p + shift)) for p in range(first, old.shape[1]) if p + shift < old.shape[1]]
             erased += [old[row, p] for p, _ in positions]
             guides += [new[row, q] for _, q in positions]
         return torch.stack(erased), torch.stack(guides)

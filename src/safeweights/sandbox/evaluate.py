@@ -225,6 +225,7 @@ def evaluate(
         generated, pictures = judge_generator(folder, n=n, seed=seed, processes=processes)
     if sheet is not None:
         contact_sheet(pictures, sheet, rates={name: v["rate"] for name, v in generated.items()})
+    training = folder / "training.json"
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     return {
         "judges": judged,
@@ -235,6 +236,7 @@ def evaluate(
             "concepts": generated,
         },
         "weights_bytes": size,
+        "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else None,
         "seconds": round(time.monotonic() - began, 1),
     }
 

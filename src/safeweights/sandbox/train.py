@@ -324,7 +324,7 @@ def train(
 
 
 def install(work: Path, output: Path) -> None:
-    """Copy the finished weights of a run into the folder that holds the sandbox; other files there are kept."""
+    """Copy a finished run's weights, and what it did, into the sandbox's folder; other files there are kept."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("model", "detectors", "clip", "embedder"):
         beside = output / f"{name}.{os.getpid()}.part"
@@ -332,6 +332,8 @@ def install(work: Path, output: Path) -> None:
         if (output / name).exists():
             shutil.rmtree(output / name)
         os.replace(beside, output / name)
+    stages = {stage: load_json(work / f"{stage}.done") for stage in STAGES}
+    _save_json(output / "training.json", {"settings": load_json(work / "settings.json"), "stages": stages})
 
 
 def main(arguments: list[str] | None = None) -> int:

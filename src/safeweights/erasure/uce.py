@@ -37,7 +37,7 @@ class UCE:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": {"prompts": "term"}}
 
     tokens: Literal["last", "all"] = "all"
-    """Positions edited: the concept's last token, or all from its first through the padding (much as the stronger, older script)."""
+    """Positions edited: the concept's last token, or all from its first through the padding (as the stronger, older script)."""
     alpha: float = 1.0
     """Weight of an edited token, a in eq. 7; > 0."""
     beta: float | None = None

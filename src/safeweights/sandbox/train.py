@@ -36,7 +36,7 @@ class Budget:
     """Pictures for the autoencoder, the judges, CLIP and the embedder; held-back concepts included."""
     autoencoder_steps: int = 900
     generator_steps: int = 4_800
-    decoder_steps: int = 900
+    decoder_steps: int = 450
     judge_steps: int = 800
     clip_steps: int = 1_600
     embedder_steps: int = 1_500

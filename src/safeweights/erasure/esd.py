@@ -37,7 +37,7 @@ class ESD:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
-            "lr": 1e-5, "steps": 1000, "batch_size": 1, "prompts": "term", "trajectories": 64, "ddim_steps": 50,
+            "lr": 1e-5, "steps": 1000, "batch_size": 1, "trajectories": 64, "ddim_steps": 50,
         },
     }  # fmt: skip
 
@@ -45,15 +45,16 @@ class ESD:
     """What is trained: xattn (ESD-x), noxattn (ESD-u), selfattn, full, text_encoder, or another parameter group."""
     eta: float = 1.0
     """Strength of the negative guidance in eq. 7; unitless, > 0."""
-    steps: int = 200
+    steps: int = 120
     """Optimiser steps; > 0."""
     lr: float = 3e-4
     """Adam's learning rate; > 0."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Noisy latents a step; > 0."""
-    prompts: Literal["term", "prompts", "both"] = "both"
-    """What stands for the concept: its term alone (the paper), its prompts, or both in turn."""
-    trajectories: int = 32
+    prompts: Literal["term", "prompts", "both"] = "term"
+    """What stands for the concept: its term alone (the paper), its prompts, or both in turn. Prompts that name other things too
+    push those away as well."""
+    trajectories: int = 16
     """DDIM trajectories drawn once for each concept, its prompts in turn; > 0."""
     ddim_steps: int = 20
     """Steps of a trajectory; > 0."""

@@ -1,6 +1,6 @@
 """Evidence for docs/results/foundation.md: erase seven sandbox concepts two ways, judge them, attack the ESD models.
 
-    python benchmarks/foundation.py -o runs/foundation [--seeds 0 1 2] [--n 32] [--prompts 24] [--attack-budget 10x40]
+    python benchmarks/foundation.py -o runs/foundation [--seeds 0 1 2] [--n 32] [--prompts 12] [--attack-budget 8x25]
 
 Every cell is a record in DIR/records; a second run with the same options skips the cells that are there. The tables are
 printed as Markdown.
@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from safeweights.audit.audit import Names, audit
 from safeweights.audit.evaluate import evaluate
 from safeweights.audit.statistics import wilson
-from safeweights.core.concept import ConceptFile
-from safeweights.core.model import Sampling
+from safeweights.core.concept import Concept, ConceptFile
+from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import ATTACKS, ERASERS, configure, describe, resolve
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
@@ -39,9 +42,9 @@ def main() -> None:
     parser.add_argument("--attacked", nargs="*", default=["esd"], help="methods whose models are attacked")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--n", type=int, default=32, help="judged pictures of the erased concept")
-    parser.add_argument("--retain-n", type=int, default=8, help="judged pictures of every other concept")
-    parser.add_argument("--prompts", type=int, default=24, help="attacked prompts a concept")
-    parser.add_argument("--attack-budget", default="10x40", help="timesteps x gradient steps of unlearndiffatk")
+    parser.add_argument("--retain-n", type=int, default=4, help="judged pictures of every other concept")
+    parser.add_argument("--prompts", type=int, default=12, help="attacked prompts a concept")
+    parser.add_argument("--attack-budget", default="8x25", help="timesteps x gradient steps of unlearndiffatk")
     options = parser.parse_args()
     timesteps, steps = map(int, options.attack_budget.split("x"))
     file, store = sandbox_concepts(), Store(options.output)
@@ -54,39 +57,49 @@ def main() -> None:
         "seed-search": {"images": timesteps + 1},
         "unlearndiffatk": {"timesteps": timesteps, "steps": steps},
     }
-    for seed in options.seeds:
-        for name in options.concepts:
+    work = Workspace(options.output / "work")
+    cells = [(seed, name, method) for seed in options.seeds for name in options.concepts for method in options.methods]
+    # Attacks first: they take longest. Protected tensors and pictures are kept, so a second pass costs little.
+    for kind in ("attack", "evaluate"):
+        for seed, name, method_name in cells:
             (concept,) = file.pick([name])
-            for method_name in options.methods:
-                wanted = [("evaluate", method_name, name, "", seed)]
-                if method_name in options.attacked:
-                    wanted += [("attack", method_name, name, attack, seed) for attack in attacks]
-                if all(cell in done for cell in wanted):
-                    continue
+            wanted = attacks if kind == "attack" and method_name in options.attacked else [""] if kind == "evaluate" else []
+            missing = [attack for attack in wanted if (kind, method_name, name, attack, seed) not in done]
+            if not missing:
+                continue
+            method = configure(resolve(ERASERS, method_name, "method"), {}, latent_pixels=256)
+            protected = model.with_tensors(tensors_of(method, model, concept, file, seed, work))
+            label = f"{method_name}-{name}-{seed}"
+            names = Names(
+                model=label, reference="sandbox", method=method_name, hashes={"model": label, "reference": "sandbox"},
+                method_settings=describe(method),
+            )  # fmt: skip
+            shared: dict[str, Any] = {"names": names, "sampling": sampling, "seed": seed, "store": store, "workspace": work}
+            for attack_name in missing:
                 started = time.perf_counter()
-                method = configure(resolve(ERASERS, method_name, "method"), {}, latent_pixels=256)
-                protection = method.protect(model, [concept], retain=file.retain, rng=generator(seed))
-                print(f"{method_name} {name} seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-                protected = protection.apply(model)
-                names = Names(
-                    model=f"{method_name}-{name}-{seed}", reference="sandbox", method=method_name,
-                    hashes={"model": f"{method_name}-{name}-{seed}", "reference": "sandbox"}, method_settings=describe(method),
-                )  # fmt: skip
-                work = Workspace(options.output / "work", progress=False)
-                if wanted[0] not in done:
-                    evaluate(
-                        protected, model, [concept], file, names=names, sampling=sampling, n=options.n,
-                        retain_n=options.retain_n, seed=seed, store=store, workspace=work,
-                    )  # fmt: skip
-                for attack_name, settings in attacks.items() if method_name in options.attacked else ():
-                    if ("attack", method_name, name, attack_name, seed) in done:
-                        continue
-                    attack = configure(resolve(ATTACKS, attack_name, "attack"), settings, latent_pixels=256)
-                    audit(
-                        protected, model, concept, attack, names=names, sampling=sampling, n=options.prompts, seed=seed,
-                        store=store, workspace=work,
-                    )  # fmt: skip
+                if kind == "evaluate":
+                    evaluate(protected, model, [concept], file, n=options.n, retain_n=options.retain_n, **shared)
+                else:
+                    attack = configure(resolve(ATTACKS, attack_name, "attack"), attacks[attack_name], latent_pixels=256)
+                    own = {**shared, "workspace": Workspace(work.folder / label)} if attack_name == "unlearndiffatk" else shared
+                    audit(protected, model, concept, attack, n=options.prompts, **own)
+                print(f"{label} {attack_name or kind}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     print(tables(store.records(), file))
+
+
+def tensors_of(
+    method: Any, model: DiffusionModel, concept: Concept, file: ConceptFile, seed: int, work: Workspace
+) -> Mapping[str, Tensor]:
+    """The protected tensors, made once."""
+    facts = {"settings": describe(method), "seed": seed, "concept": concept.name}
+    kept = work.load(f"{method.name}-{concept.name}-{seed}")
+    if kept is not None and kept[1] == facts:
+        return kept[0]
+    started = time.perf_counter()
+    protection = method.protect(model, [concept], retain=file.retain, rng=generator(seed))
+    print(f"{method.name} {concept.name} seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    work.save(f"{method.name}-{concept.name}-{seed}", protection.tensors, facts)
+    return dict(protection.tensors)
 
 
 def tables(records: list[Record], file: ConceptFile) -> str:

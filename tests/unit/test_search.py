@@ -103,8 +103,17 @@ def test_no_room_and_no_term(model: Any) -> None:
 
 
 def test_random_tokens_are_text_and_belong_to_their_row(model: Any) -> None:
-    together = random_ids(model, 4, [torch.Generator().manual_seed(i) for i in range(3)])
+    words = text_ids(model)
+    together = random_ids(words, 4, [torch.Generator().manual_seed(i) for i in range(3)])
     assert together.shape == (3, 4)
-    assert not set(together.flatten().tolist()) & model.special_ids
-    assert torch.equal(random_ids(model, 4, [torch.Generator().manual_seed(1)])[0], together[1])
-    assert len(text_ids(model)) == len(model.vocabulary) - len(model.special_ids)
+    assert set(together.flatten().tolist()) <= set(words.tolist())
+    assert torch.equal(random_ids(words, 4, [torch.Generator().manual_seed(1)])[0], together[1])
+
+
+def test_searched_words_read_back_as_themselves(model: Any) -> None:
+    words = text_ids(model)
+    assert len(words) > 20
+    assert not set(words.tolist()) & model.special_ids
+    rows = model.tokenize([model.text_of(words[i : i + 3]) for i in range(len(words) - 2)])
+    for i, row in enumerate(rows):
+        assert row[1:4].tolist() == words[i : i + 3].tolist()

@@ -105,10 +105,16 @@ def put_embeddings(model: DiffusionModel, ids: Tensor, positions: Tensor, free: 
 
 
 def text_ids(model: DiffusionModel) -> Tensor:
-    """The vocabulary a search may use (M,): every id but BOS, EOS and padding."""
-    allowed = torch.ones(len(model.vocabulary), dtype=torch.bool)
-    allowed[list(model.special_ids)] = False
-    return allowed.nonzero().flatten().to(model.device)
+    """The vocabulary a search may use (M,): every id whose text reads back as that very id.
+
+    Special ids, pieces of words and pieces of characters do not; a prompt found with them would be another one once typed in.
+    """
+    candidates = [i for i in range(len(model.vocabulary)) if i not in model.special_ids]
+    texts = [model.text_of(torch.tensor([i])) for i in candidates]
+    readable = [(i, text) for i, text in zip(candidates, texts, strict=True) if text and text.isprintable()]
+    rows = model.tokenize([text for _, text in readable])
+    whole = (text_length(model, rows) == 1) & (rows[:, 1] == torch.tensor([i for i, _ in readable], device=rows.device))
+    return torch.tensor([i for (i, _), same in zip(readable, whole.tolist(), strict=True) if same], device=model.device)
 
 
 def project_to_simplex(x: Tensor) -> Tensor:
@@ -134,11 +140,10 @@ def sample_one_hot(U: Tensor, rngs: Sequence[torch.Generator]) -> Tensor:
     return hard + (U - U.detach()) if U.requires_grad else hard
 
 
-def random_ids(model: DiffusionModel, k: int, rngs: Sequence[torch.Generator]) -> Tensor:
-    """k random usable ids per row (B, k), row b from ``rngs[b]``."""
-    usable = text_ids(model)
-    picks = torch.stack([torch.randint(len(usable), (k,), generator=rng) for rng in rngs])
-    return usable[picks.to(usable.device)]
+def random_ids(words: Tensor, k: int, rngs: Sequence[torch.Generator]) -> Tensor:
+    """k random ids per row (B, k) out of ``words`` (M,), row b from ``rngs[b]``."""
+    picks = torch.stack([torch.randint(len(words), (k,), generator=rng) for rng in rngs])
+    return words[picks.to(words.device)]
 
 
 def _eos_at(model: DiffusionModel, ids: Tensor) -> Tensor:

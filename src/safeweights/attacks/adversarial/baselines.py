@@ -13,7 +13,7 @@ from safeweights.core.concept import Concept
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
-from safeweights.diffusion.search import random_ids
+from safeweights.diffusion.search import random_ids, text_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,12 @@ class RandomTokens:
     ) -> Generator[Revival, Sequence[bool], None]:
         seen = yield as_asked(model, targets)
         draws = [generator("random tokens", target.seed, target.prompt) for target in targets]
+        words = text_ids(model)
         standing = [i for i, fell in enumerate(seen) if not fell]
         for _ in range(self.images - 1):
             if not standing:
                 return
-            drawn = random_ids(model, self.tokens, [draws[i] for i in standing])
+            drawn = random_ids(words, self.tokens, [draws[i] for i in standing])
             seen = yield Revival(
                 model,
                 tuple(

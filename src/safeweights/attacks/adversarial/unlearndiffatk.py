@@ -33,8 +33,9 @@ class UnlearnDiffAtk:
 
     Needs: gradients of the erased model with respect to its prompt, one picture of the concept a prompt; no other model.
     Cost: timesteps * steps denoiser forward and backward passes and timesteps + 1 pictures a prompt, all prompts in one batch.
-    Differs from the reference code: timesteps are spread evenly over [t_low, t_high] (50 there), special tokens cannot be chosen,
-    random draws come from one private generator a prompt (the global one is re-seeded there, so stages repeat their noise).
+    Differs from the reference code: timesteps are spread evenly over [t_low, t_high] (50 there); only whole words can be chosen
+    (there pieces too, which read back differently once decoded); random draws come from one private generator a prompt (the
+    global one is re-seeded there, so stages repeat their noise).
     """
 
     name: ClassVar[str] = "unlearndiffatk"
@@ -93,7 +94,7 @@ class UnlearnDiffAtk:
         facts = {"settings": describe(self), "targets": [[t.prompt, t.seed] for t in search.targets], "model": fingerprint(model)}
         # After a kill the rounds already played are said again (their pictures are kept), then the search goes on from its state.
         tensors, told = workspace.load("search") or ({}, {})
-        said: list[list[str]] = told["said"] if told.get("facts") == facts else []
+        said: list[dict[str, Any]] = told["said"] if told.get("facts") == facts else []
         stages = torch.linspace(self.t_low, self.t_high, self.timesteps).round().long().tolist()
         for stage, t in enumerate(stages):
             if not search.targets:
@@ -104,10 +105,11 @@ class UnlearnDiffAtk:
                 what = f"attacking {len(search.targets)} prompts, timestep {stage + 1} of {len(stages)}"
                 for _ in workspace.track(range(self.steps), what):
                     search.step(t)
-                said.append(search.texts())
+                said.append({"texts": search.texts(), "facts": search.facts()})
                 workspace.save("search", search.state(), {"facts": facts, "said": said})
-            candidates = [Candidate(text, target.seed) for text, target in zip(said[stage], search.targets, strict=True)]
-            seen = yield Revival(model, tuple(candidates), search.facts())
+            texts, told_facts = said[stage]["texts"], said[stage]["facts"]
+            candidates = [Candidate(text, target.seed) for text, target in zip(texts, search.targets, strict=True)]
+            seen = yield Revival(model, tuple(candidates), told_facts)
             search.keep([not fell for fell in seen])
 
 
@@ -185,7 +187,7 @@ class _Search:
             "first": self.first,
             "second": self.second,
             "rngs": torch.stack([rng.get_state() for rng in self.rngs]),
-            "told": torch.tensor([self.steps, self.loss, self.gradient], dtype=torch.float64),
+            "steps": torch.tensor(self.steps),
         }
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -194,8 +196,7 @@ class _Search:
             setattr(self, name, state[name].to(self.relaxed).clone())
         for rng, kept in zip(self.rngs, state["rngs"], strict=True):
             rng.set_state(kept.clone())
-        steps, self.loss, self.gradient = state["told"].tolist()
-        self.steps = int(steps)
+        self.steps = int(state["steps"])
 
     def keep(self, standing: Sequence[bool]) -> None:
         """Drop the prompts that fell."""

@@ -317,7 +317,7 @@ def train(
         run.log.say(f"{stage} begins")
         began = time.monotonic()
         found = _DO[stage](run)
-        _save_json(done, {**found, "seconds": round(time.monotonic() - began, 1)})
+        _save_json(done, {**found, "seconds_since_last_start": round(time.monotonic() - began, 1)})
         run.log.say(f"{stage} done: {found}")
     if output is not None:
         install(work, output)

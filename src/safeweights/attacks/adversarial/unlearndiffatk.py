@@ -42,7 +42,16 @@ class UnlearnDiffAtk:
     access: ClassVar[Access] = Access.GRADIENT
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
-        "paper": {"tokens": 5, "timesteps": 50, "steps": 40, "lr": 0.01, "t_low": 10, "t_high": 990, "batch_size": 4},
+        "paper": {
+            "noises": 1,
+            "tokens": 5,
+            "timesteps": 50,
+            "steps": 40,
+            "lr": 0.01,
+            "t_low": 10,
+            "t_high": 990,
+            "batch_size": 4,
+        },
     }
 
     tokens: int = 3
@@ -53,6 +62,8 @@ class UnlearnDiffAtk:
     """Gradient steps at each timestep; > 0."""
     lr: float = 0.01
     """Adam's step on the simplex; > 0."""
+    noises: int = 2
+    """Noise draws a gradient step averages over, 1 in the paper; small latents say less in one draw; > 0."""
     weight_decay: float = 0.1
     """L2 weight decay on the relaxed tokens; >= 0."""
     t_low: int = 10
@@ -63,8 +74,8 @@ class UnlearnDiffAtk:
     """Prompts searched together; memory grows with it, results do not depend on it."""
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.timesteps, self.steps, self.batch_size) < 1 or self.lr <= 0:
-            raise ValueError("tokens, timesteps, steps, batch_size and lr must be above zero")
+        if min(self.tokens, self.timesteps, self.steps, self.noises, self.batch_size) < 1 or self.lr <= 0:
+            raise ValueError("tokens, timesteps, steps, noises, batch_size and lr must be above zero")
         if not 0 <= self.t_low <= self.t_high:
             raise ValueError("0 <= t_low <= t_high must hold")
 
@@ -154,13 +165,15 @@ class _Search:
         """Each prompt's loss (P,) and its gradient with respect to the drawn one-hot tokens (P, k, V)."""
         model, rngs = self.model, self.rngs[rows]
         x_0 = self.x_0[rows]
-        eps = torch.stack([torch.randn(x_0.shape[1:], generator=rng) for rng in rngs]).to(x_0)
-        timesteps = torch.full((len(x_0),), t, device=x_0.device)
+        draws = self.attack.noises
+        eps = torch.cat([torch.randn((draws, *x_0.shape[1:]), generator=rng) for rng in rngs]).to(x_0)
+        timesteps = torch.full((len(eps),), t, device=x_0.device)
         one_hot = sample_one_hot(self.relaxed[rows], rngs).requires_grad_()
         ids = self.ids[rows]
         c = model.embed_tokens(put_embeddings(model, ids, self.positions[rows], one_hot @ self.vocabulary), ids)
-        predicted = model.eps(add_noise(model, x_0, timesteps, eps), timesteps, c)
-        loss = (predicted.float() - eps.float()).square().flatten(1).mean(1)
+        x_t = add_noise(model, x_0.repeat_interleave(draws, dim=0), timesteps, eps)
+        predicted = model.eps(x_t, timesteps, c.repeat(draws))
+        loss = (predicted.float() - eps.float()).square().view(len(x_0), -1).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), one_hot)
         return loss.detach(), gradient
 

@@ -54,6 +54,7 @@ def evaluate(
         int, typer.Option("--fresh", min=64, help="Freshly drawn pictures that the detectors are tried on.")
     ] = 4_000,
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Write a contact sheet (PNG) here.", show_default=False)] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Write the error rates into the sandbox folder, to ship with it.")] = False,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Processes, one thread each.")] = 2,
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -67,9 +68,11 @@ def evaluate(
             folder = weights_folder()
         elif not (folder / "model" / "model_index.json").is_file():
             raise UserError(f"{folder} is no sandbox folder; give one that 'safeweights sandbox train' or 'export' wrote")
-        from safeweights.sandbox.evaluate import evaluate as measure
+        from safeweights.sandbox import evaluate as measure
 
-        found = measure(folder, n=n, fresh=fresh, seed=seed, processes=processes, sheet=sheet)
+        found = measure.evaluate(folder, n=n, fresh=fresh, seed=seed, processes=processes, sheet=sheet)
+        if keep:
+            measure.keep(found, folder)
         rates = {name: entry["rate"] for name, entry in found["generator"]["concepts"].items()}
         show(found, *(f"{name:<24} {percent(rate)} of {n} pictures judged right" for name, rate in rates.items()))
 

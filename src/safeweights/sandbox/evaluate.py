@@ -241,6 +241,34 @@ def evaluate(
     }
 
 
+def keep(found: dict[str, Any], folder: Path) -> None:
+    """Ship what `evaluate` found: measured.json for the whole, and one beside each detector with its error rates by label.
+
+    A detector's ``false_positive`` and ``false_negative`` are of fresh drawings; ``generated`` counts the generated pictures of the
+    concept that it missed.
+    """
+    made = found["generator"]["concepts"]
+    tables = {}
+    for kind, judged in found["judges"]["detectors"].items():
+        tables[kind] = {
+            label: {
+                "false_positive": alarms["rate"],
+                "false_negative": round(1 - judged["per_class"][label]["rate"], 4) if label in judged["per_class"] else None,
+                "drawn": {"present": judged["per_class"].get(label, {}).get("n", 0), "absent": alarms["n"]},
+                **(
+                    {"generated": {"n": made[label]["n"], "missed": made[label]["n"] - made[label]["right"]}}
+                    if label in made
+                    else {}
+                ),
+            }
+            for label, alarms in judged["false_alarms"].items()
+        }
+    (folder / "measured.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for kind, labels in tables.items():
+        path = folder / "detectors" / kind / "measured.json"
+        path.write_text(json.dumps({"labels": labels}, indent=1) + "\n", encoding="utf-8")
+
+
 def contact_sheet(
     pictures: dict[tuple[str, str], NDArray[np.uint8]],
     path: Path,

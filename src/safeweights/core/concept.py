@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,17 @@ class Concept:
     def texts(self) -> tuple[str, ...]:
         """The prompts without their seeds."""
         return tuple(prompt.text for prompt in self.prompts)
+
+    def without(self, text: str) -> str:
+        """The text with the concept taken out: a style or content is left out, an object or person becomes the anchor.
+
+        A text that does not contain the concept's term becomes the anchor as a whole.
+        """
+        pattern = re.compile(rf"(?<!\w){re.escape(self.term)}(?!\w)", re.IGNORECASE)
+        if not pattern.search(text):
+            return self.anchor
+        anchor = self.anchor if self.kind in ("object", "identity") else ""
+        return " ".join(pattern.sub(anchor, text, count=1).split())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ class ESD:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
-            "lr": 1e-5, "steps": 1000, "batch_size": 1, "trajectories": 64, "ddim_steps": 50,
+            "lr": 1e-5, "steps": 1000, "batch_size": 1, "prompts": "term", "trajectories": 64, "ddim_steps": 50,
         },
     }  # fmt: skip
 
@@ -45,16 +45,16 @@ class ESD:
     """What is trained: xattn (ESD-x), noxattn (ESD-u), selfattn, full, text_encoder, or another parameter group."""
     eta: float = 1.0
     """Strength of the negative guidance in eq. 7; unitless, > 0."""
-    steps: int = 60
+    steps: int = 120
     """Optimiser steps; > 0."""
     lr: float = 3e-4
     """Adam's learning rate; > 0."""
     batch_size: int = 4
     """Noisy latents a step; > 0."""
-    prompts: Literal["term", "prompts", "both"] = "term"
-    """What stands for the concept: its term alone (the paper), its prompts, or both in turn. Prompts that name other things too
-    push those away as well."""
-    trajectories: int = 16
+    prompts: Literal["term", "prompts", "both"] = "both"
+    """What stands for the concept: its term alone (the paper), its prompts, or both in turn. A prompt names other things too; it is
+    guided away from what it says without the concept, so that they stay."""
+    trajectories: int = 27
     """DDIM trajectories drawn once for each concept, its prompts in turn; > 0."""
     ddim_steps: int = 20
     """Steps of a trajectory; > 0."""
@@ -87,7 +87,8 @@ class ESD:
             batch = banks[which].draw(self.batch_size, generator("esd", seed, step))
             asked = batch.prompt.tolist()
             c = student.embed([texts[which][i] for i in asked]) if trains_text else embedded[which][batch.prompt]
-            target = batch.eps_none - self.eta * (batch.eps_c - batch.eps_none)
+            eps_0 = batch.outputs["eps_without"]
+            target = eps_0 - self.eta * (batch.eps_c - eps_0)
             return mse_loss(student.eps(batch.x_t, batch.t, c), target)
 
         losses = descend(
@@ -112,11 +113,18 @@ class ESD:
 
     def _bank(self, model: DiffusionModel, concept: Concept, seed: int, workspace: Workspace) -> LatentBank:
         """Noisy latents of the concept with the base model's predictions eps_0 and eps_c for each."""
-        return LatentBank.sample(
+        texts = self._texts(concept)
+        bank = LatentBank.sample(
             model,
-            self._texts(concept),
+            texts,
             n=self.trajectories,
             sampling=Sampling(steps=self.ddim_steps, guidance_scale=self.guidance),
             rng=generator("esd bank", seed, concept.name),
             workspace=workspace.child(concept.name),
         )
+        if self.prompts == "term":
+            bank.outputs["eps_without"] = bank.outputs["eps_none"]
+        else:
+            base = embed_all(model, ["" if text == concept.term else concept.without(text) for text in texts])
+            bank.precompute("eps_without", lambda batch: model.eps(batch.x_t, batch.t, base[batch.prompt]))
+        return bank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -85,7 +84,7 @@ class UCE:
     def _pairs(self, concept: Concept) -> list[tuple[str, str, str]]:
         """(prompt that asks for the concept, prompt it shall mean instead, the concept's term)."""
         texts = {"term": [concept.term], "prompts": [*concept.texts], "both": [concept.term, *concept.texts]}[self.prompts]
-        return [(text, stand_in(text, concept) if self.erase_with == "anchor" else "", concept.term) for text in texts]
+        return [(text, concept.without(text) if self.erase_with == "anchor" else "", concept.term) for text in texts]
 
     def _keys(self, model: DiffusionModel, pairs: Sequence[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Text states (n, D) of the concept and of what they shall mean, float64, paired from the end of the text onwards."""
@@ -119,15 +118,3 @@ class UCE:
             ends = text_length(model, model.tokenize(prompts)).clamp(min=1)
             return states[torch.arange(len(prompts)), ends]
         return states[:, 1:].flatten(0, 1)
-
-
-def stand_in(text: str, concept: Concept) -> str:
-    """The prompt with the concept taken out: a style or content is left out, an object or person becomes the anchor.
-
-    A prompt that does not contain the concept's term becomes the anchor as a whole.
-    """
-    pattern = re.compile(rf"(?<!\w){re.escape(concept.term)}(?!\w)", re.IGNORECASE)
-    if not pattern.search(text):
-        return concept.anchor
-    anchor = concept.anchor if concept.kind in ("object", "identity") else ""
-    return " ".join(pattern.sub(anchor, text, count=1).split())

@@ -30,7 +30,8 @@ class ESD:
     predictions come free with the DDIM trajectories, which are drawn once.
     Differs from the reference code: trajectories come from the base model and are reused (there: the current model, one partial
     trajectory a step), x_t and t match exactly (there up to 48 timesteps apart), eta counts from the unconditional prediction as
-    in the paper (the authors' later script counts from the conditional one, its eta=2 is this eta=1).
+    in the paper (the authors' later script counts from the conditional one, its eta=2 is this eta=1). With whole prompts
+    eps_o(x_t) is the prediction for the prompt without the concept; for the term alone, as in the paper, for the empty prompt.
     """
 
     name: ClassVar[str] = "esd"
@@ -52,8 +53,8 @@ class ESD:
     batch_size: int = 4
     """Noisy latents a step; > 0."""
     prompts: Literal["term", "prompts", "both"] = "both"
-    """What stands for the concept: its term alone (the paper), its prompts, or both in turn. A prompt names other things too; it is
-    guided away from what it says without the concept, so that they stay."""
+    """What stands for the concept: its term alone (the paper), its prompts, or both in turn. A prompt names other things too; it
+    is guided away from what it says without the concept, so that they stay."""
     trajectories: int = 27
     """DDIM trajectories drawn once for each concept, its prompts in turn; > 0."""
     ddim_steps: int = 20

@@ -244,8 +244,8 @@ def evaluate(
 def keep(found: dict[str, Any], folder: Path) -> None:
     """Ship what `evaluate` found: measured.json for the whole, and one beside each detector with its error rates by label.
 
-    A detector's ``false_positive`` and ``false_negative`` are of fresh drawings; ``generated`` counts the generated pictures of the
-    concept that it missed.
+    A detector's ``false_positive`` and ``false_negative`` are of fresh drawings; ``generated`` counts the generated pictures of
+    the concept that it missed.
     """
     made = found["generator"]["concepts"]
     tables = {}

@@ -47,6 +47,7 @@ SCHEDULE: dict[str, Any] = {
 
 
 def build_unet(**changes: Any) -> nn.Module:
+    """A fresh UNet of the sandbox's shape; `changes` override its configuration."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     model: nn.Module = UNet2DConditionModel(**{**UNET, **changes})
@@ -54,6 +55,7 @@ def build_unet(**changes: Any) -> nn.Module:
 
 
 def build_text_encoder(vocabulary: int, **changes: Any) -> nn.Module:
+    """A fresh text encoder for that many tokens; `changes` override its configuration."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ends = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}

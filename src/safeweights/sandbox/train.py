@@ -97,6 +97,7 @@ def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_array(path: Path, array: Any) -> None:
+    """Write an array in one move."""
     _replace_file(path, lambda p: np.save(p, array))
 
 
@@ -106,6 +107,7 @@ def _save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
+    """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

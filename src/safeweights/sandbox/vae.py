@@ -28,6 +28,7 @@ CONFIG: dict[str, Any] = {
 
 
 def build(**changes: Any) -> Any:
+    """A fresh autoencoder of the sandbox's shape; `changes` override its configuration."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL(**{**CONFIG, **changes})
@@ -47,6 +48,7 @@ def to_model(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, across and down: what the loss weighs extra to keep lines sharp."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 

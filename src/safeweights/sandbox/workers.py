@@ -196,6 +196,7 @@ def _steps(
 
 
 def die_with(parent: int) -> None:
+    """End this process when its parent ends, so that a killed training leaves no orphan."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

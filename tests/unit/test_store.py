@@ -166,9 +166,9 @@ def test_ten_thousand_records_load_in_seconds(tmp_path: Path) -> None:
     text = store.add(make.attack(store, "esd", "unlearndiffatk", 30)).read_text()
     for number in range(9_999):
         (store.cells / f"copy-{number}.json").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(store.records()) == 10_000
-    assert time.perf_counter() - start < 6  # 1 to 2 s on an idle core; the rest is room for a busy machine
+    assert time.process_time() - start < 6  # processor seconds: 1 to 2 on an idle core
 
 
 def test_records_and_reports_need_no_torch() -> None:

@@ -115,7 +115,10 @@ def test_evaluate_attack_and_report(erased: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_resumed_it_ends_with_the_same_tensors(erased: Path, tmp_path: Path, how: signal.Signals) -> None:
     arguments = ["erase", "sandbox", "--concept", "mosaic", "--method", "esd", *SHORT, "-o", str(tmp_path / "erased")]
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has told its children to ignore Ctrl-C.
+    process = subprocess.Popen(
+        command(*arguments), stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     work = tmp_path / ".erased.work"
     # The bank of latents is the first thing a run keeps.
     deadline = time.monotonic() + 120

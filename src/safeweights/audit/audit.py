@@ -21,6 +21,7 @@ from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.detectors.load import open_detector
+from safeweights.records.machine import peak_memory_gb
 from safeweights.records.record import Artefact, Measurement, Record
 from safeweights.records.store import Store
 
@@ -257,7 +258,6 @@ def concept_pictures(
 
 def provenance(names: Names, seconds: float) -> dict[str, Any]:
     """Hashes and versions; under "time" what differs from run to run."""
-    import resource
     from importlib.metadata import version
 
     from safeweights import __version__
@@ -269,7 +269,7 @@ def provenance(names: Names, seconds: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "time": {
             "seconds": round(seconds, 3),
-            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+            "peak_memory_gb": peak_memory_gb(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights import __version__
+from safeweights.records.machine import peak_memory_gb
 from safeweights.release.output import write_json
 
 if TYPE_CHECKING:
@@ -102,17 +102,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def peak_memory_gb() -> float | None:
-    """Most memory this process has held, in 10^9 bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    # Linux counts kilobytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 def hash_input(path: str | Path) -> str | None:

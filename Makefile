@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/safeweights demo -o demo --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from safeweights.core.table import ATTACKS, DETECTORS, ERASERS
+from safeweights.core.table import ADAPTATIONS, ATTACKS, DETECTORS, ERASERS, IMMUNIZERS
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "safeweights"
-NO_METHODS = {"__init__", "load"}
+NO_METHODS = {"finetune", "__init__", "load", "bilevel", "rounds"}
 
 
 def modules(folder: Path) -> set[str]:
@@ -24,7 +24,8 @@ def modules(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("registry", "folder"), [(ERASERS, "erasure"), (ATTACKS, "attacks/adversarial"), (DETECTORS, "detectors")]
+    ("registry", "folder"),
+    [(ERASERS, "erasure"), (IMMUNIZERS, "immunization"), (DETECTORS, "detectors")],
 )
 def test_registries_equal_folders(registry: dict[str, str], folder: str) -> None:
     named = {entry.partition(":")[0].rpartition(".")[2] for entry in registry.values()}
@@ -36,16 +37,28 @@ def test_registries_equal_folders(registry: dict[str, str], folder: str) -> None
         assert found.__doc__
 
 
+def test_attacks_and_adaptations_equal_their_folders() -> None:
+    named: dict[str, set[str]] = {"adversarial": set(), "relearning": set()}
+    for name, entry in {**ATTACKS, **ADAPTATIONS}.items():
+        module, cls = entry.split(":")
+        _, folder, stem = module.rsplit(".", 2)
+        named[folder].add(stem)
+        found = getattr(importlib.import_module(module), cls)
+        assert found.name == name
+        assert found.__doc__
+    assert named == {folder: modules(SRC / "attacks" / folder) for folder in named}
+
+
 def test_every_paper_method_names_its_paper() -> None:
-    for folder in ("erasure", "attacks/adversarial"):
+    for folder in ("erasure", "immunization", "attacks/adversarial", "attacks/relearning"):
         for path in (SRC / folder).glob("*.py"):
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            assert path.stem in {"__init__", "baselines"} or "arXiv:" in text, path
+            assert path.stem in {"__init__", "baselines", "bilevel", "finetune", "replay", "rounds"} or "arXiv:" in text, path
 
 
 def test_readme_names_every_method_and_its_links_lead_somewhere() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in (*ERASERS, *ATTACKS):
+    for name in (*ERASERS, *IMMUNIZERS, *ATTACKS, *ADAPTATIONS):
         assert f"`{name}`" in readme or f"`{name}:" in readme, name
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert link.startswith("https://") or (ROOT / link).exists(), link

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def median(tiny_model: Any, monkeypatch: Any) -> float:
     """A level that half of the plain pictures pass."""
     painter = Painter(tiny_model, SAMPLING, "tiny")
     prompts = choose_prompts(concept(), n=6, seed=0)
-    means = painter.ask([p.text for p in prompts], [p.seed or 0 for p in prompts]).flatten(1).mean(1)
+    means = painter.ask(prompts).flatten(1).mean(1)
     monkeypatch.setattr(Brighter, "level", float(means.median()) + 1e-6)
     return float(means.median())
 
@@ -136,12 +138,45 @@ def test_a_killed_audit_resumes_to_the_same_record(tiny_model: Any, median: floa
 def test_attacks_never_see_a_judged_picture(tiny_model: Any, median: float) -> None:
     prompts = choose_prompts(concept(), n=6, seed=0)
     painter = Painter(tiny_model, SAMPLING, "tiny")
-    judged = painter.ask([p.text for p in prompts], [p.seed or 0 for p in prompts])
+    judged = painter.ask(prompts)
     shown = concept_pictures(painter, Brighter(), prompts, seed=0, workspace=Workspace(), tries=4)
     for picture in shown:
         assert all(not torch.equal(picture, other) for other in judged)
     # Pictures that show the concept are preferred.
     assert Brighter().detect(torch.stack(shown)).present.float().mean() > 0.5
+
+
+def test_prompts_found_on_one_model_are_replayed_as_transfer(tiny_model: Any, median: float, tmp_path: Path) -> None:
+    live = audit(
+        tiny_model, tiny_model, concept(), attack("random", images=3), names=NAMES, sampling=SAMPLING, detector=Brighter()
+    )
+    (tmp_path / "attack.json").write_text(json.dumps(live.details))
+    replay = attack("replay", record=str(tmp_path / "attack.json"))
+    record = audit(tiny_model, tiny_model, concept(), replay, names=NAMES, sampling=SAMPLING, detector=Brighter())
+    assert (live.details["mode"], record.details["mode"]) == ("live", "transfer")
+    # The same model again: what fell then falls now, to the very same prompt.
+    assert [row["success"] for row in record.details["found"]] == [row["success"] for row in live.details["found"]]
+    assert record.details["found"] == live.details["found"]
+
+
+def test_pictures_to_learn_from_are_of_the_concepts_own_prompts_and_of_no_judged_seed(tiny_model: Any, median: float) -> None:
+    asked: list[tuple[str, int]] = []
+
+    inversion = attack("concept-inversion", images=2, steps=1, pictures=3, batch_size=1)
+    real = Painter.draw
+
+    def draw(self: Painter, candidates: Any, *more: Any, **options: Any) -> Any:
+        asked.extend((candidate.prompt, candidate.seed) for candidate in candidates)
+        return real(self, candidates, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Painter, "draw", draw)
+        record = audit(tiny_model, tiny_model, concept(), inversion, names=NAMES, sampling=SAMPLING, detector=Brighter())
+    judged = {row["seed"] for row in record.details["found"]}
+    learned = [(text, seed) for text, seed in asked if text == concept().texts[0]]
+    assert len(learned) >= 3
+    assert not judged & {seed for _, seed in learned}
+    assert {row["input"] for row in record.details["found"]} <= {"text", "embeddings"}
 
 
 def test_prompts_keep_their_seeds_and_repeat_with_new_ones() -> None:
@@ -162,6 +197,51 @@ def test_painter_draws_nothing_twice(tiny_model: Any, tmp_path: Path) -> None:
     for path in tmp_path.glob("*.png"):
         path.write_bytes(path.read_bytes()[:40])
     assert torch.equal(painter.draw([Candidate("a dog", 1), Candidate("a cat", 2)]), first)
+
+
+GUIDED = (Prompt("a dog", 1, 7.0), Prompt("a red dog", 2), Prompt("a dog and a cat", 3, 7.0), Prompt("a blue boat", 4, 1.0))
+
+
+def test_each_prompt_is_drawn_with_its_own_guidance(tiny_model: Any, tmp_path: Path) -> None:
+    kept = Painter(tiny_model, SAMPLING, "tiny", tmp_path)
+    pictures = kept.ask(GUIDED)
+    for prompt, picture in zip(GUIDED, pictures, strict=True):
+        own = SAMPLING if prompt.guidance is None else replace(SAMPLING, guidance_scale=prompt.guidance)
+        alone = Painter(tiny_model, own, "tiny").draw([Candidate(prompt.text, prompt.seed or 0)])[0]
+        assert (picture - alone).abs().max() <= 1.01 / 255
+    assert not torch.equal(pictures[0], kept.ask([replace(GUIDED[0], guidance=None)])[0])
+    assert torch.equal(kept.ask(GUIDED), pictures), "kept pictures of another guidance are not taken for these"
+
+
+def test_audits_honour_the_guidance_of_a_prompt(tiny_model: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    import safeweights.audit.evaluate as module
+    from safeweights.diffusion import sampling
+
+    monkeypatch.setattr(module, "open_detector", lambda *a, **k: Brighter())
+    drawn: list[tuple[str, float]] = []
+    real = sampling.generate
+
+    def spy(model: Any, candidates: Any, how: Sampling, **more: Any) -> Any:
+        drawn.extend((candidate.prompt, how.guidance_scale) for candidate in candidates)
+        return real(model, candidates, how, **more)
+
+    monkeypatch.setattr(sampling, "generate", spy)
+    monkeypatch.setattr(Brighter, "level", 2.0)
+    dog = concept(test_prompts=GUIDED)
+    wanted = {p.text: SAMPLING.guidance_scale if p.guidance is None else p.guidance for p in GUIDED}
+    for name, settings in (("unlearndiffatk", {"timesteps": 1, "steps": 1, "tokens": 1}), ("seed-search", {"images": 2})):
+        record = audit(tiny_model, tiny_model, dog, attack(name, **settings), names=NAMES, sampling=SAMPLING, detector=Brighter())
+        assert [row["guidance"] for row in record.details["found"]] == list(wanted.values())
+        assert len(drawn) >= 3 * len(GUIDED)
+        for text, scale in drawn:
+            (asked,) = [p.text for p in GUIDED if f" {text}".endswith(f" {p.text}")]
+            assert scale == wanted[asked]
+        drawn.clear()
+    evaluate(
+        tiny_model, tiny_model, [dog], ConceptFile(concepts={"dog": dog}), names=NAMES, sampling=SAMPLING, n=4,
+        backbones=Backbones(),
+    )  # fmt: skip
+    assert sorted(drawn) == sorted(2 * list(wanted.items()))
 
 
 def test_evaluate_reads_every_number_against_the_reference(

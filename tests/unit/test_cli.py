@@ -17,8 +17,21 @@ import folders
 from safeweights.cli.main import run
 from safeweights.records.store import Store
 
-COMMANDS = ("demo", "sandbox", "doctor", "generate", "erase", "attack", "evaluate", "report")
-LATER = ("immunize", "freeze", "adapt", "leakage", "audit", "run", "bench", "compare", "export")
+COMMANDS = (
+    "demo",
+    "sandbox",
+    "doctor",
+    "generate",
+    "erase",
+    "immunize",
+    "adapt",
+    "attack",
+    "evaluate",
+    "report",
+    "export",
+    "bench",
+)
+LATER = ("freeze", "leakage", "audit", "run", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +112,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("erase", "'model'; see 'safeweights erase --help'"),
         ("erase sandbox -o OUT --method esd", "--concept"),
         ("erase sandbox -o OUT --concept mosaic", "--method"),
-        ("erase sandbox -o OUT --concept mosaic --method esdd", "esd, uce"),
+        ("erase sandbox -o OUT --concept mosaic --method esdd", "uce"),
         ("erase sandbox -o OUT --concept cubism --method esd", "mosaic"),
         ("erase sandbox -o OUT --concept mosaic --method esd --set stepz=3", "stepz"),
         ("erase sandbox -o OUT --concept mosaic --method esd --set steps=x", "steps"),
@@ -107,6 +120,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("erase sandbox -o OUT --concept mosaic --method esd --seed -1", "--seed"),
         ("erase sandbox -o OUT --concept mosaic --method esd --device abacus", "abacus"),
         ("erase sandbox -o OUT --concept mosaic --method esd --dtype int3", "int3"),
+        ("immunize sandbox -o OUT --concept mosaic", "--method"),
+        ("immunize sandbox -o OUT --concept mosaic --method esd", "mima"),
+        ("immunize sandbox -o OUT --concept mosaic --method imma --set order=3", "order"),
+        ("immunize sandbox -o OUT --concept mosaic --method imma --set adaptations=qlora", "adaptations"),
+        ("immunize sandbox -o OUT --concept mosaic --concept emblem --method imma --set ddim_steps=1", "mima"),
         ("erase ./none -o OUT --concept mosaic --method esd", "does not exist"),
         ("erase someone/model -o OUT --concept mosaic --method esd", "--concepts-file"),
         ("erase sandbox -o OUT --concept mosaic --method esd --concepts-file none.yaml", "none.yaml"),
@@ -208,6 +226,21 @@ def test_erase_is_repeatable_and_resumable(tmp_path: Path, capsys: pytest.Captur
     assert first["changed"] != other["changed"]
 
 
+def test_immunize_draws_from_before_protection_and_is_repeatable(
+    erased: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [f"--set={key}=2" for key in ("steps", "horizon", "pictures", "retained", "batch_size", "ddim_steps")]
+    base = ["immunize", str(erased), "--concept", "mosaic", "--method", "imma", *short]
+    a, b = (printed(capsys, *base, "-o", tmp_path / name) for name in ("a", "b"))
+    assert a["options"]["reference"] == "sandbox"  # the erased model cannot draw what it must resist
+    assert a["inputs"]["reference"] != a["inputs"]["model"]
+    assert a["changed"] == b["changed"]
+    assert all(".attn" in name for name in a["changed"])
+    assert a["options"]["settings"]["steps"] == 2
+    assert (tmp_path / "a" / "model_index.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_attack_evaluate_report(erased: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = [erased, "--reference", "sandbox"]
     found = printed(
@@ -279,6 +312,8 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert found["sandbox"]["model"] is True
     assert found["sandbox"]["detectors"] == ["content", "style"]
     assert {"versions", "devices", "extras", "caches", "problems"} <= set(found)
+    assert all(state == "cached" or "hf download" in state for state in found["tokenizers"].values())
+    assert set(found["tokenizers"]) == {"SD 1.x", "SD 2.x"}
     monkeypatch.setenv("SAFEWEIGHTS_SANDBOX", str(tmp_path))
     assert run(["doctor"]) == 1
     assert "sandbox train" in capsys.readouterr().out

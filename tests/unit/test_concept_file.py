@@ -143,7 +143,8 @@ def test_published_prompt_tables(tmp_path: Path, header: str, row: str, expected
     ("text", "word"),
     [
         ("", "no rows"), ("prompt\n", "no rows"), ("a,b\n1,2\n", "no prompt column"), ("prompt,seed\na boat,1\n ,2\n", "line 3"),
-        ("prompt,seed\na boat,soon\n", "soon"), ("prompt,evaluation_guidance\na boat,x\n", "evaluation_guidance"),
+        ("prompt,seed\na boat,soon\n", "soon"), ("prompt,seed\na boat,nan\n", "nan"),
+        ("prompt,evaluation_guidance\na boat,x\n", "evaluation_guidance"),
     ],
 )  # fmt: skip
 def test_prompt_tables_that_are_wrong(tmp_path: Path, text: str, word: str) -> None:

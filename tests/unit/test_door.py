@@ -81,6 +81,12 @@ def test_missing_things(folder: Path, tmp_path: Path) -> None:
     refused(tmp_path / "text.txt", "is no model")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "is no diffusers folder")
+    for file in (folder / "tokenizer").glob("*"):
+        file.rename(folder / file.name)
+    refused(folder, "holds no vocabulary")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if (folder / name).is_file():
+            (folder / name).rename(folder / "tokenizer" / name)
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     refused(folder, "holds no weights")
     shutil.rmtree(folder / "vae")
@@ -219,7 +225,7 @@ def test_single_files_that_are_something_else(tiny_model: Any, tiny_sd: Callable
     file.write_bytes(file.read_bytes()[:-10])
     refused(file, "damaged or cut short")
     save_file(whole, file)
-    refused(file, "no tokenizer|does not fit")
+    refused(file, r"no tokenizer.*hf download openai/clip-vit-large-patch14 vocab\.json.*config=FOLDER")
     refused(file, "is no diffusers folder", config=tmp_path)
 
 

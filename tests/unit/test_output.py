@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from safeweights.core.errors import UserError
+from safeweights.records.machine import versions
 from safeweights.release import output as module
-from safeweights.release.manifest import hash_input, hash_tensor, read_manifest, versions, write_manifest
+from safeweights.release.manifest import hash_input, hash_tensor, read_manifest, write_manifest
 from safeweights.release.output import output_folder
 
 

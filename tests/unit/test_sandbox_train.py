@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from safeweights.core.errors import UserError
 from safeweights.sandbox import tokenizer, train, vae, workers, world
+from safeweights.sandbox.files import weights_folder
 
 SMALL = train.Budget(
     pictures=48,
@@ -27,6 +29,15 @@ SMALL = train.Budget(
     unet={"block_out_channels": (8, 16, 16)},
     text={"num_hidden_layers": 1},
 )
+
+
+def test_the_defaults_are_what_the_shipped_weights_were_trained_with() -> None:
+    shipped = train.load_json(weights_folder() / "training.json")["settings"]
+    assert {"seed": 0, "workers": 2, **asdict(train.Budget())} == shipped
+    assert train.Budget().lasting(110) == train.Budget()
+    half, least = train.Budget().lasting(55), train.Budget().lasting(0.01)
+    assert (half.pictures, half.generator_steps, half.decoder_steps) == (15_000, 2_400, 225)
+    assert (least.pictures, least.judge_pictures, least.generator_steps) == (train.LEAST, train.LEAST, 1)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +76,18 @@ def test_a_killed_fit_continues_to_the_same_tensors(tmp_path: Path, count: int) 
         if step == 5:  # the checkpoint of step 4 is there, that of step 5 is not
             raise KilledError
 
-    whole = workers.fit(Line, tmp_path / "whole.pt", fitting, workers=count, checkpoint_seconds=0)
+    whole = workers.fit(Line, tmp_path / "whole.safetensors", fitting, workers=count, checkpoint_seconds=0)
     with pytest.raises(KilledError):
-        workers.fit(Line, tmp_path / "cut.pt", fitting, workers=count, checkpoint_seconds=0, report=kill)
-    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 4
-    again = workers.fit(Line, tmp_path / "cut.pt", fitting, workers=count)
+        workers.fit(Line, tmp_path / "cut.safetensors", fitting, workers=count, checkpoint_seconds=0, report=kill)
+    assert workers.load(tmp_path / "cut.safetensors")[1] == 4
+    again = workers.fit(Line, tmp_path / "cut.safetensors", fitting, workers=count)
     assert torch.equal(_weights(whole), _weights(again))
 
 
 def test_fitting_fits(tmp_path: Path) -> None:
     losses: list[float] = []
     fitting = workers.Fitting(steps=300, seed=0, muon_lr=0.2, adam_lr=0.02, ema=0)
-    workers.fit(Line, tmp_path / "a.pt", fitting, workers=1, report=lambda step, loss: losses.append(loss))
+    workers.fit(Line, tmp_path / "a.safetensors", fitting, workers=1, report=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.02 * losses[0]
 
 
@@ -139,9 +150,9 @@ def test_judges_open_as_plain_transformers_folders(trained: Path) -> None:
 
 
 def test_finished_stages_are_skipped_and_other_settings_refused(trained: Path) -> None:
-    before = {f: f.stat().st_mtime_ns for f in (trained / "work").glob("*.pt")}
+    before = {f: f.stat().st_mtime_ns for f in (trained / "work").glob("*.safetensors")}
     train.train(None, work=trained / "work", budget=SMALL, workers=1)
-    assert before == {f: f.stat().st_mtime_ns for f in (trained / "work").glob("*.pt")}
+    assert before == {f: f.stat().st_mtime_ns for f in (trained / "work").glob("*.safetensors")}
     with pytest.raises(UserError, match="other settings"):
         train.train(None, work=trained / "work", budget=SMALL, workers=1, seed=1)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.audit import doubts as doubt
 from safeweights.audit.pictures import Painter
+from safeweights.audit.relearning import Checkpoint, steps_to_recovery, strongest
 from safeweights.audit.statistics import wilson
-from safeweights.core.attack import Attack, Candidate, Target
+from safeweights.core.attack import Access, Attack, Candidate, Original, Target
 from safeweights.core.concept import Concept, Prompt
 from safeweights.core.detector import Detector
 from safeweights.core.errors import UserError
@@ -21,12 +22,14 @@ from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.detectors.load import open_detector
-from safeweights.records.machine import peak_memory_gb
+from safeweights.records.machine import peak_memory_gb, versions
 from safeweights.records.record import Artefact, Measurement, Record
 from safeweights.records.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from safeweights.metrics.similarity_gap import Similarity
 
 SHOWN = 8
 """Prompts whose pictures are kept for the report."""
@@ -58,22 +61,32 @@ def audit(
     workspace: Workspace | None = None,
     detector: Detector | None = None,
     allow_python_detectors: bool = False,
+    pictures: Path | None = None,
+    reference_pictures: Path | None = None,
+    similarity: Similarity | None = None,
 ) -> Record:
     """Attack ``concept`` on ``model`` with ``n`` prompts (all its test prompts by default) and record the success rate.
 
-    The concept's test prompts are attacked, each with its own seed; more prompts than there are repeat them with other seeds. A
-    picture of the concept for each prompt is made by ``reference`` with another seed: the attack never sees a judged picture.
+    The concept's test prompts are attacked, each with its own seed and, where it has one, guidance; more prompts than there are
+    repeat them with other seeds. A picture of the concept for each prompt is made by ``reference`` with another seed: the attack
+    never sees a judged picture.
+    ``pictures`` and ``reference_pictures`` are folders where audits of the same model find what others drew; without them the
+    workspace keeps its own.
+    An attack that changes the weights is one model for all prompts: every prompt is asked at every checkpoint, the rate is that
+    of the best one (with the prompts seen before), and the record tells the whole curve; ``similarity`` measures its pictures
+    against the reference's of the same prompts.
     Raises UserError where the concept has no detector.
     """
     workspace = workspace or Workspace()
     detector = detector or open_detector(concept.detector, concept=concept.name, allow_python=allow_python_detectors)
     started = time.perf_counter()
     prompts = choose_prompts(concept, n=n, seed=seed)
-    pictures = workspace.folder / "pictures" if workspace.folder else None
-    before = Painter(reference, sampling, names.hashes.get("reference", names.reference), pictures)
+    own = workspace.folder / "pictures" if workspace.folder else None
+    before = Painter(reference, sampling, names.hashes.get("reference", names.reference), reference_pictures or own)
+    pictures = pictures or own
     after = Painter(model, sampling, names.hashes.get("model", names.model), pictures)
 
-    asked = before.ask([p.text for p in prompts], [p.seed or 0 for p in prompts], workspace=workspace, what="reference pictures")
+    asked = before.ask(prompts, workspace=workspace, what="reference pictures")
     there = detector.detect(asked).present
     needs_pictures = attack.access != "prompt"
     shown = (
@@ -81,10 +94,21 @@ def audit(
     )
     targets = [Target(p.text, p.seed or 0, picture) for p, picture in zip(prompts, shown, strict=True)]
 
-    outcome = _run(attack, after, concept, targets, detector, workspace)
+    def examples(count: int) -> Tensor:
+        import torch
+
+        own = [Prompt(concept.texts[i % len(concept.texts)]) for i in range(count)]
+        key = _seed("examples for the attack", seed)
+        return torch.stack(concept_pictures(before, detector, own, seed=key, workspace=workspace))
+
+    original = Original(reference, examples)
+    alike = None if similarity is None else lambda images: similarity(images, asked)
+    outcome = _run(attack, after, concept, targets, [p.guidance for p in prompts], detector, original, workspace, alike)
 
     plain = outcome.images[0]
     successes = [row is not None for row in outcome.fell_in]
+    if outcome.curve:
+        successes = [a or b for a, b in zip(outcome.curve[0].seen, strongest(outcome.curve).seen, strict=True)]
     pre = sum(round_ == 0 for round_ in outcome.fell_in)
     n_prompts = len(prompts)
     reference_rate = int(there.sum()) / n_prompts
@@ -103,6 +127,7 @@ def audit(
     seen_before = Measurement(
         name="reference_rate", value=reference_rate, n=n_prompts, interval=wilson(int(there.sum()), n_prompts)
     )
+    extra, curve = _read_curve(outcome.curve, reference_rate, similarity)
     fallen = [sum(row == r for row in outcome.fell_in) for r in range(outcome.rounds)]
     found = [
         *doubt.not_there_before(seen_before),
@@ -116,7 +141,7 @@ def audit(
     details = {
         "concept": concept.name,
         "attack": attack.name,
-        "mode": "seed" if attack.name in ("no-attack", "seed-search") else "live",
+        "mode": attack.mode,
         "n": n_prompts,
         "pre_asr": _rate(pre, n_prompts),
         "asr": _rate(sum(successes), n_prompts),
@@ -138,19 +163,28 @@ def audit(
                 "seed": t.seed,
                 "adversarial_prompt": c.prompt,
                 "adversarial_seed": c.seed,
+                "input": "weights"
+                if outcome.curve
+                else "text"
+                if c.states is None and c.latents is None
+                else "embeddings"
+                if c.latents is None
+                else "latent",
+                "guidance": sampling.guidance_scale if p.guidance is None else p.guidance,
                 "success": s,
             }
-            for t, c, s in zip(targets, outcome.last, successes, strict=True)
+            for p, t, c, s in zip(prompts, targets, outcome.last, successes, strict=True)
         ],
         "seed": seed,
         "seconds": round(seconds, 3),
+        **curve,
     }
     record = Record(
         kind="attack", status="ok", model=names.model, reference=names.reference, method=names.method,
         concept=concept.name, concept_kind=concept.kind, attack=attack.name, seed=seed,
         detector=detector.describe(), sampling=asdict(sampling),
         settings={"attack": describe(attack), "method": dict(names.method_settings)},
-        measurements=(pre_asr, asr, seen_before), doubts=tuple(found),
+        measurements=(pre_asr, asr, seen_before, *extra), doubts=tuple(found),
         artefacts=tuple(_keep_pictures(store, attack.name, targets, outcome, asked, plain, there)) if store else (),
         details=details, provenance=provenance(names, seconds),
     )  # fmt: skip
@@ -170,6 +204,8 @@ class _Outcome:
     plain_scores: list[float]
     facts: list[dict[str, float]]
     rounds: int
+    curve: list[Checkpoint]
+    """Of an attack that changes the weights: every prompt at every checkpoint."""
 
 
 def _run(
@@ -177,10 +213,16 @@ def _run(
     painter: Painter,
     concept: Concept,
     targets: Sequence[Target],
+    guidance: Sequence[float | None],
     detector: Detector,
+    original: Original,
     workspace: Workspace,
+    alike: Callable[[Tensor], float] | None = None,
 ) -> _Outcome:
-    """Play the attack's rounds. A target that falls leaves; what it fell to is kept."""
+    """Play the attack's rounds, each target drawn with its own guidance. One that falls leaves; what it fell to is kept.
+
+    None leaves where the weights change: an attacker has one model for all prompts.
+    """
     import torch
 
     fell: list[int | None] = [None] * len(targets)
@@ -190,20 +232,30 @@ def _run(
     plain_scores: list[float] = []
     plain = None
     facts: list[dict[str, float]] = []
-    rounds = attack.revive(painter.model, concept, targets, sampling=painter.sampling, workspace=workspace)
+    curve: list[Checkpoint] = []
+    rounds = attack.revive(painter.model, concept, targets, sampling=painter.sampling, original=original, workspace=workspace)
     standing = list(range(len(targets)))
     number, revival = 0, next(rounds, None)
     while revival is not None:
         reader = painter if revival.model is painter.model else Painter(revival.model, painter.sampling, "revived")
-        images = reader.draw(revival.candidates, workspace=workspace, what=f"judging round {number}")
+        images = reader.draw(
+            revival.candidates, [guidance[i] for i in standing], workspace=workspace, what=f"judging round {number}"
+        )
         detection = detector.detect(images)
         if plain is None:
             plain, plain_scores = images, detection.score.tolist()
         present = [bool(seen) for seen in detection.present]
         for row, i in enumerate(standing):
+            if fell[i] is not None:
+                continue
             last[i], shown[i], scores[i] = revival.candidates[row], images[row], float(detection.score[row])
             if present[row]:
                 fell[i] = number
+        if attack.access == Access.WEIGHTS:
+            told = revival.facts
+            likeness = alike(images) if alike else None
+            curve.append(Checkpoint(int(told.get("steps", 0)), tuple(present), likeness, told.get("loss")))
+            present = [False] * len(present)
         if revival.facts:
             facts.append(dict(revival.facts))
         standing = [i for row, i in enumerate(standing) if not present[row]]
@@ -214,7 +266,22 @@ def _run(
             revival = None
     if plain is None:
         raise UserError(f"attack {attack.name!r} proposed nothing")
-    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number)
+    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number, curve)
+
+
+def _read_curve(
+    curve: Sequence[Checkpoint], reference_rate: float, similarity: Similarity | None
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """What a curve adds to a record: measurements and details; nothing without one."""
+    if not curve:
+        return [], {}
+    back, best = steps_to_recovery(curve, reference_rate), strongest(curve)
+    measurements = [back]
+    if similarity is not None:
+        n = len(best.seen)
+        measurements.append(Measurement(name="similarity", value=best.similarity, n=n, better="lower", unit=similarity.name))
+    steps = None if back.value is None else int(back.value)
+    return measurements, {"curve": [point.to_json() for point in curve], "best_steps": best.steps, "steps_to_recovery": steps}
 
 
 def choose_prompts(concept: Concept, *, n: int | None, seed: int) -> list[Prompt]:
@@ -243,9 +310,8 @@ def concept_pictures(
     pictures: list[Any] = [None] * len(prompts)
     missing = list(range(len(prompts)))
     for attempt in range(tries):
-        texts = [prompts[i].text for i in missing]
-        seeds = [_seed("shown to the attack", seed, i, attempt) for i in missing]
-        images = painter.ask(texts, seeds, workspace=workspace, what="pictures for the attack")
+        asked = [replace(prompts[i], seed=_seed("shown to the attack", seed, i, attempt)) for i in missing]
+        images = painter.ask(asked, workspace=workspace, what="pictures for the attack")
         present = detector.detect(images).present
         for row, i in enumerate(missing):
             if bool(present[row]) or pictures[i] is None:
@@ -258,19 +324,16 @@ def concept_pictures(
 
 def provenance(names: Names, seconds: float) -> dict[str, Any]:
     """Hashes and versions; under "time" what differs from run to run."""
-    from importlib.metadata import version
-
     from safeweights import __version__
 
     return {
         "safeweights": __version__,
         "inputs": dict(names.hashes),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-        "python": platform.python_version(),
+        "versions": versions(),
         "time": {
             "seconds": round(seconds, 3),
             "peak_memory_gb": peak_memory_gb(),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
 

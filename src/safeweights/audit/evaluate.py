@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.audit import doubts as doubt
@@ -70,11 +71,14 @@ def evaluate(
     workspace: Workspace | None = None,
     backbones: Backbones | None = None,
     allow_python_detectors: bool = False,
+    reference_pictures: Path | None = None,
 ) -> dict[str, Any]:
     """Judge ``n`` pictures of each erased concept and ``retain_n`` (n // 4, at least 4) of every other one with a detector.
 
-    Prompts are the concepts' test prompts, with the same seeds for both models. A retained concept is never asked for in words
-    that name an erased one. Quality (CLIP score, Frechet distance) is read off the retained pictures. Returns the JSON of
+    Prompts are the concepts' test prompts, with the same seeds, and guidance where a prompt has
+    its own, for both models. A retained concept is never asked for in words
+    that name an erased one. ``reference_pictures`` is a folder of the reference's pictures that several evaluations share.
+    Quality (CLIP score, Frechet distance) is read off the retained pictures. Returns the JSON of
     ``evaluate``.
     Raises UserError where an erased concept has no detector.
     """
@@ -84,16 +88,15 @@ def evaluate(
     workspace = workspace or Workspace()
     backbones = default_backbones(file) if backbones is None else backbones
     pictures = workspace.folder / "pictures" if workspace.folder else None
-    before = Painter(reference, sampling, names.hashes.get("reference", names.reference), pictures)
+    before = Painter(reference, sampling, names.hashes.get("reference", names.reference), reference_pictures or pictures)
     after = Painter(model, sampling, names.hashes.get("model", names.model), pictures)
     share = max(4, n // 4) if retain_n is None else retain_n
 
     def judge(concept: Concept, count: int) -> _Judged:
         detector = open_detector(concept.detector, concept=concept.name, allow_python=allow_python_detectors)
         prompts = choose_prompts(concept, n=count, seed=seed)
-        texts, seeds = [p.text for p in prompts], [p.seed or 0 for p in prompts]
-        old = before.ask(texts, seeds, workspace=workspace, what=f"{concept.name} before")
-        new = after.ask(texts, seeds, workspace=workspace, what=f"{concept.name} after")
+        old = before.ask(prompts, workspace=workspace, what=f"{concept.name} before")
+        new = after.ask(prompts, workspace=workspace, what=f"{concept.name} after")
         verdict = detector.detect(new)
         return _Judged(
             concept,

@@ -28,9 +28,12 @@ from safeweights.core.table import ATTACKS, configure, describe, parse_settings,
 from safeweights.release.output import check_target, output_folder, write_json
 
 if TYPE_CHECKING:
+    from safeweights.core.concept import ConceptFile
+    from safeweights.metrics.similarity_gap import Similarity
     from safeweights.records.record import Record
 
 
+@options.sampling
 def command(
     model: options.Model,
     reference: options.Reference,
@@ -43,11 +46,7 @@ def command(
     settings: options.Settings = None,
     concepts_file: options.ConceptsFile = None,
     allow_python_detectors: options.AllowPython = False,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    scheduler: options.Scheduler = None,
-    width: options.Width = None,
-    height: options.Height = None,
+    given: options.Given = options.NOTHING,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -60,7 +59,6 @@ def command(
     from safeweights.models.door import open_model
     from safeweights.records.store import Store
 
-    given = {"steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "width": width, "height": height}
     with speaking(as_json) as show:
         check_target(output, overwrite)
         check_sampling(given)
@@ -90,21 +88,30 @@ def command(
             say(f"attacking {aim.name} with {method}")
             record = audit(
                 after, before, aim, attack, names=names, sampling=sampling, n=n, seed=seed,
-                store=store, workspace=workspace_in(out.work), detector=detector,
+                store=store, workspace=workspace_in(out.work), detector=detector, similarity=_similarity(kind, file),
             )  # fmt: skip
             write_json(out.folder / "attack.json", record.details)
-            write_found(out.folder / "prompts.csv", record.details.get("found", ()), sampling.guidance_scale)
+            write_found(out.folder / "prompts.csv", record.details.get("found", ()))
         show(record.details, *_lines(record), f"records and pictures: {output}")
 
 
-def write_found(path: Path, found: Sequence[Mapping[str, Any]], guidance: float) -> None:
-    """The adversarial prompts that succeeded, in the columns that ``generate --prompts-csv`` and others read."""
+def _similarity(attack: Any, file: ConceptFile) -> Similarity | None:
+    """How alike pictures are, for attacks that bring a concept back by degrees and where the file has an embedder beside it."""
+    from safeweights.metrics.backbones import default_backbones
+    from safeweights.metrics.similarity_gap import CosineSimilarity
+
+    embedder = default_backbones(file).open_features() if attack.access == "weights" else None
+    return None if embedder is None else CosineSimilarity(embedder)
+
+
+def write_found(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """The adversarial prompts that succeeded that are text, in the columns that ``generate --prompts-csv`` and others read."""
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(["case_number", "prompt", "evaluation_seed", "evaluation_guidance", "original_prompt"])
         for number, row in enumerate(found):
-            if row["success"]:
-                writer.writerow([number, row["adversarial_prompt"], row["adversarial_seed"], guidance, row["prompt"]])
+            if row["success"] and row.get("input", "text") == "text":
+                writer.writerow([number, row["adversarial_prompt"], row["adversarial_seed"], row["guidance"], row["prompt"]])
 
 
 def _lines(record: Record) -> list[str]:
@@ -114,4 +121,10 @@ def _lines(record: Record) -> list[str]:
         f"{details['attack']} on {details['concept']}: {percent(details['asr']['rate'])} of {details['n']} prompts succeed "
         f"(95 % interval {percent(low)} to {percent(high)}), {percent(details['pre_asr']['rate'])} without the attack",
     ]
+    if details.get("curve"):
+        back = details["steps_to_recovery"]
+        steps = ", ".join(f"{point['steps']}: {percent(point['rate'])}" for point in details["curve"])
+        lines.append(
+            f"after so many steps of fine-tuning {steps}; {'never back' if back is None else f'back after {back} steps'}"
+        )
     return [*lines, *(f"doubt {doubt.name}: {doubt.explanation}" for doubt in record.doubts)]

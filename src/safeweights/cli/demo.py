@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from safeweights.core.workspace import Workspace
 
 PROTECTIONS = (("esd", "mosaic"), ("uce", "mosaic"), ("esd", "emblem"))
-ATTACKS = ("no-attack", "random", "seed-search", "unlearndiffatk")
+ATTACKS = ("no-attack", "random", "seed-search", "unlearndiffatk", "soft-prompt")
 IMAGES = 6
 """Pictures a prompt that every attack but no-attack may have judged; small, so that two cores are done within ten minutes."""
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"images": IMAGES},
     "seed-search": {"images": IMAGES},
     "unlearndiffatk": {"timesteps": IMAGES - 1, "steps": 20},
+    "soft-prompt": {"images": IMAGES},
 }
 
 

@@ -13,6 +13,7 @@ import typer
 from safeweights import __version__
 from safeweights.cli import options
 from safeweights.cli.common import speaking
+from safeweights.records.machine import versions
 
 
 def command(as_json: options.Json = False) -> None:
@@ -26,8 +27,6 @@ def command(as_json: options.Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything the doctor looks at, and ``problems``: one line for each thing that keeps commands from working."""
-    from safeweights.release.manifest import versions
-
     devices, trouble = _devices()
     sandbox = _sandbox()
     problems = [trouble] if trouble else []
@@ -41,6 +40,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "extras": {"nudenet": _installed("nudenet"), "chromium": _chromium()},
         "caches": caches,
+        "tokenizers": {} if trouble else _tokenizers(),
         "sandbox": sandbox,
         "problems": problems,
     }
@@ -85,6 +85,13 @@ def _caches() -> dict[str, dict[str, Any]]:
     return {name: {"path": str(path), "writable": _writable(path)} for name, path in folders.items()}
 
 
+def _tokenizers() -> dict[str, str]:
+    """For each version of Stable Diffusion "cached", or the command that fetches what its single-file checkpoints lack."""
+    from safeweights.models.single_file import TOKENIZERS, fetch_tokenizer, tokenizer_cached
+
+    return {f"SD {v}.x": "cached" if tokenizer_cached(v) else f"not cached: {fetch_tokenizer(v)}" for v in TOKENIZERS}
+
+
 def _writable(path: Path) -> bool:
     """Whether files can be made there; a folder that does not exist yet counts by its nearest parent."""
     while not path.exists() and path != path.parent:
@@ -117,6 +124,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         "nudenet (optional)": found["extras"]["nudenet"] or "not installed",
         "chromium (optional)": found["extras"]["chromium"] or "not installed",
         **{name: f"{cache['path']}{'' if cache['writable'] else ' NOT WRITABLE'}" for name, cache in found["caches"].items()},
+        **{f"tokenizer for single files, {name}": state for name, state in found["tokenizers"].items()},
         "sandbox": f"{sandbox['path']}: model {'present' if sandbox['model'] else 'MISSING'}, "
         f"{len(sandbox['detectors'])} detectors",
     }  # fmt: skip

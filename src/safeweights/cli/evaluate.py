@@ -28,6 +28,7 @@ from safeweights.release.manifest import read_manifest
 from safeweights.release.output import check_target, output_folder, write_json
 
 
+@options.sampling
 def command(
     model: options.Model,
     reference: options.Reference,
@@ -56,11 +57,7 @@ def command(
     ] = None,
     concepts_file: options.ConceptsFile = None,
     allow_python_detectors: options.AllowPython = False,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    scheduler: options.Scheduler = None,
-    width: options.Width = None,
-    height: options.Height = None,
+    given: options.Given = options.NOTHING,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -74,7 +71,6 @@ def command(
     from safeweights.models.door import open_model
     from safeweights.records.store import Store
 
-    given = {"steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "width": width, "height": height}
     with speaking(as_json) as show:
         check_target(output, overwrite)
         check_sampling(given)

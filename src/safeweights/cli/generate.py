@@ -45,6 +45,7 @@ class Row:
         return f"{self.number:05d}.png"
 
 
+@options.sampling
 def command(
     model: options.Model,
     output: options.Output,
@@ -57,11 +58,7 @@ def command(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Pictures of each prompt, with seeds counting up.")] = 1,
     concepts_file: Annotated[Path | None, typer.Option("--concepts-file", help="Sample as this concept file says.")] = None,
-    steps: options.Steps = None,
-    guidance_scale: options.Guidance = None,
-    scheduler: options.Scheduler = None,
-    width: options.Width = None,
-    height: options.Height = None,
+    given: options.Given = options.NOTHING,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -75,7 +72,6 @@ def command(
     """
     from safeweights.models.door import open_model
 
-    given = {"steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "width": width, "height": height}
     with speaking(as_json) as show:
         check_target(output, overwrite)
         check_sampling(given)
@@ -124,17 +120,12 @@ def _draw(model: DiffusionModel, rows: Sequence[Row], sampling: Sampling, folder
     from PIL import Image
 
     from safeweights.core.attack import Candidate
-    from safeweights.diffusion.sampling import at_guidance, generate
+    from safeweights.diffusion.sampling import at_guidance, by_guidance, generate
 
     missing = [row for row in rows if not (folder / row.file_name).is_file()]
-    scales = list(dict.fromkeys(row.guidance for row in missing))
-    batches = [
-        [row for row in missing if row.guidance == scale][start : start + BATCH]
-        for scale in scales
-        for start in range(0, sum(row.guidance == scale for row in missing), BATCH)
-    ]
+    batches = by_guidance([row.guidance for row in missing], BATCH)
     for index in workspace_in(folder).track(range(len(batches)), "drawing"):
-        batch = batches[index]
+        batch = [missing[i] for i in batches[index]]
         candidates = [Candidate(row.prompt, row.seed) for row in batch]
         images = generate(model, candidates, at_guidance(sampling, batch[0].guidance), batch_size=BATCH)
         for row, image in zip(batch, images, strict=True):

@@ -37,15 +37,19 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
 
 
 def _register() -> None:
-    from safeweights.cli import attack, demo, doctor, erase, evaluate, generate, report, sandbox
+    from safeweights.cli import adapt, attack, bench, demo, doctor, erase, evaluate, export, generate, immunize, report, sandbox
 
     app.command("demo")(demo.command)
     app.add_typer(sandbox.app, name="sandbox")
     app.command("doctor")(doctor.command)
     app.command("generate")(generate.command)
     app.command("erase")(erase.command)
+    app.command("immunize")(immunize.command)
+    app.command("adapt")(adapt.command)
     app.command("attack")(attack.command)
     app.command("evaluate")(evaluate.command)
+    app.command("export")(export.command)
+    app.command("bench")(bench.command)
     app.command("report")(report.command)
 
 

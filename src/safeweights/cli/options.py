@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import typer
 
@@ -38,12 +42,39 @@ Settings = Annotated[
 AllowPython = Annotated[
     bool, typer.Option("--allow-python-detectors", help="Run detectors that are code named in the concept file.")
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps. [default: the concept file's, or 50]")]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Classifier-free guidance. [default: the concept file's, or 7.5]")
-]
-Scheduler = Annotated[
-    str | None, typer.Option("--scheduler", help="ddim, lms, dpm, euler or pndm. [default: the concept file's, or ddim]")
-]
-Width = Annotated[int | None, typer.Option("--width", min=8, help="Pixels. [default: the concept file's, or the model's own]")]
-Height = Annotated[int | None, typer.Option("--height", min=8, help="Pixels. [default: the concept file's, or the model's own]")]
+Given = Mapping[str, Any]
+"""How to draw, as asked for: an entry for each option of ``SAMPLING``, None where it was left out."""
+NOTHING: Given = MappingProxyType({})
+SAMPLING: dict[str, Any] = {
+    "steps": Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps. [default: the concept file's, or 50]")],
+    "guidance_scale": Annotated[
+        float | None, typer.Option("--guidance-scale", help="Classifier-free guidance. [default: the concept file's, or 7.5]")
+    ],
+    "scheduler": Annotated[
+        str | None, typer.Option("--scheduler", help="ddim, lms, dpm, euler or pndm. [default: the concept file's, or ddim]")
+    ],
+    "width": Annotated[
+        int | None, typer.Option("--width", min=8, help="Pixels. [default: the concept file's, or the model's own]")
+    ],
+    "height": Annotated[
+        int | None, typer.Option("--height", min=8, help="Pixels. [default: the concept file's, or the model's own]")
+    ],
+}
+
+
+def sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of ``SAMPLING`` where ``command`` takes ``given``, and hand them to it together."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name == "given":
+            parameters += [parameter.replace(name=name, annotation=kind, default=None) for name, kind in SAMPLING.items()]
+        else:
+            parameters.append(parameter)
+
+    @functools.wraps(command)
+    def with_sampling(**values: Any) -> None:
+        command(given={name: values.pop(name) for name in SAMPLING}, **values)
+
+    with_sampling.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_sampling

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from safeweights.core.concept import Concept
 from safeweights.core.model import DiffusionModel, Sampling
@@ -35,6 +35,18 @@ class Target:
     prompt: str
     seed: int
     reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Original:
+    """The world before protection, for attacks that draw on it: the public model, and what it knew of the concept.
+
+    ``pictures(n)`` gives n pictures (n, 3, H, W) in [0, 1] of the concept, made for its own prompts in turn
+    (``concept.texts[i % len(concept.texts)]``); no judged picture is among them.
+    """
+
+    model: DiffusionModel
+    pictures: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,16 @@ class Budget:
     timesteps: int = 0
 
 
+Mode = Literal["seed", "live", "transfer"]
+"""seed: the prompts as they are; live: optimised against the model it judges; transfer: found on another model."""
+
+
 class Attack(Protocol):
-    """A live attack. Its dataclass fields are its settings."""
+    """An attack. Its dataclass fields are its settings."""
 
     name: ClassVar[str]
     access: ClassVar[Access]
+    mode: ClassVar[Mode]
 
     @property
     def budget(self) -> Budget: ...
@@ -86,6 +103,7 @@ class Attack(Protocol):
         targets: Sequence[Target],
         *,
         sampling: Sampling,
+        original: Original | None = None,
         workspace: Workspace | None = None,
     ) -> Generator[Revival, Sequence[bool], None]:
         """Propose candidates round by round.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -168,9 +169,12 @@ def _number(row: Mapping[str, str | None], aliases: tuple[str, ...], where: str)
     for name in aliases:
         if value := (row.get(name) or "").strip():
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
-                raise UserError(f"{where}: {name} {value!r} is not a number") from None
+                number = math.nan
+            if not math.isfinite(number):
+                raise UserError(f"{where}: {name} {value!r} is not a number")
+            return number
     return None
 
 

@@ -76,10 +76,12 @@ class DiffusionModel(Protocol):
 
     ``alpha`` and ``sigma`` have shape (T,), T training timesteps, alpha^2 + sigma^2 = 1.
     ``latent_shape`` is (C, h, w) at the model's native picture size; ``latent_stride`` is the pixels per latent, each way.
+    ``prediction`` is what its weights were trained to predict, "epsilon" or "v_prediction"; `eps` speaks noise either way.
     ``calls`` counts the samples sent through `eps`; forks and copies share it.
     """
 
     name: str
+    prediction: str
     alpha: Tensor
     sigma: Tensor
     latent_shape: tuple[int, int, int]

@@ -12,14 +12,43 @@ from typing import Any
 from safeweights.core.errors import UserError
 
 ERASERS = {
+    "ac": "safeweights.erasure.ac:AC",
+    "advunlearn": "safeweights.erasure.advunlearn:AdvUnlearn",
+    "erasediff": "safeweights.erasure.erasediff:EraseDiff",
     "esd": "safeweights.erasure.esd:ESD",
+    "fmn": "safeweights.erasure.fmn:FMN",
+    "salun": "safeweights.erasure.salun:SalUn",
+    "scissorhands": "safeweights.erasure.scissorhands:Scissorhands",
+    "mace": "safeweights.erasure.mace:MACE",
+    "rece": "safeweights.erasure.rece:RECE",
+    "spm": "safeweights.erasure.spm:SPM",
     "uce": "safeweights.erasure.uce:UCE",
 }
+IMMUNIZERS = {
+    "compose": "safeweights.immunization.baselines:Compose",
+    "imma": "safeweights.immunization.imma:IMMA",
+    "jt": "safeweights.immunization.baselines:JT",
+    "mima": "safeweights.immunization.mima:MIMA",
+}
 ATTACKS = {
+    "concept-inversion": "safeweights.attacks.adversarial.concept_inversion:ConceptInversion",
+    "latent-inversion": "safeweights.attacks.adversarial.latent_inversion:LatentInversion",
     "no-attack": "safeweights.attacks.adversarial.baselines:NoAttack",
+    "p4d": "safeweights.attacks.adversarial.p4d:P4D",
     "random": "safeweights.attacks.adversarial.baselines:RandomTokens",
+    "relearn": "safeweights.attacks.relearning.relearn:Relearn",
+    "replay": "safeweights.attacks.adversarial.replay:Replay",
+    "ring-a-bell": "safeweights.attacks.adversarial.ring_a_bell:RingABell",
     "seed-search": "safeweights.attacks.adversarial.baselines:SeedSearch",
+    "soft-prompt": "safeweights.attacks.adversarial.soft_prompt:SoftPrompt",
     "unlearndiffatk": "safeweights.attacks.adversarial.unlearndiffatk:UnlearnDiffAtk",
+}
+ADAPTATIONS = {
+    "custom-diffusion": "safeweights.attacks.relearning.custom_diffusion:CustomDiffusion",
+    "dreambooth": "safeweights.attacks.relearning.dreambooth:DreamBooth",
+    "full": "safeweights.attacks.relearning.full:Full",
+    "lora": "safeweights.attacks.relearning.lora:LoRA",
+    "textual-inversion": "safeweights.attacks.relearning.textual_inversion:TextualInversion",
 }
 DETECTORS = {
     "image-classification": "safeweights.detectors.image_classification:ImageClassification",
@@ -39,11 +68,11 @@ def resolve(registry: Mapping[str, str], name: str, what: str) -> type[Any]:
 
 
 def method(name: str, *, latent_pixels: int | None = None, **settings: Any) -> Any:
-    """A ready eraser or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
+    """A ready eraser, immunizer or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
 
     Without ``latent_pixels`` or ``preset`` the settings are the defaults, tuned for sandbox-like models.
     """
-    return configure(resolve({**ERASERS, **ATTACKS}, name, "method"), settings, latent_pixels=latent_pixels)
+    return configure(resolve({**ERASERS, **IMMUNIZERS, **ATTACKS}, name, "method"), settings, latent_pixels=latent_pixels)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, str]:

@@ -30,12 +30,12 @@ def edit(
     old = W_o.detach().double()
     keys = [keys_edit.to(old)]
     errors = [values_edit.to(old) - keys[0] @ old.T]
-    weights = [torch.as_tensor(alpha).to(old).expand(len(keys[0]))]
+    weights = [torch.as_tensor(alpha, dtype=old.dtype, device=old.device).expand(len(keys[0]))]
     if keys_retain is not None and len(keys_retain):
         keys.append(keys_retain.to(old))
         kept = keys[1] @ old.T
         errors.append(torch.zeros_like(kept) if values_retain is None else values_retain.to(old) - kept)
-        weights.append(torch.as_tensor(beta).to(old).expand(len(keys[1])))
+        weights.append(torch.as_tensor(beta, dtype=old.dtype, device=old.device).expand(len(keys[1])))
     C, E, w = torch.cat(keys), torch.cat(errors), torch.cat(weights)
     if lam < 0 or bool((w < 0).any()):
         raise ValueError("alpha, beta and lam must not be negative")

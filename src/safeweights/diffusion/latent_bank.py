@@ -138,13 +138,13 @@ class LatentBank:
         prompt = torch.tensor([distinct.index(text) for text in prompts]).repeat_interleave(n)
         return cls(tuple(distinct), x, t, prompt, {"eps": eps.cpu()}, model.device)
 
-    def draw(self, batch: int, rng: torch.Generator, prompt_index: int | None = None) -> Batch:
-        """``batch`` exact pairs with replacement: prompts uniform (or the given one), then runs and steps uniform."""
+    def draw(self, batch: int, rng: torch.Generator, prompt_index: int | Tensor | None = None) -> Batch:
+        """``batch`` exact pairs with replacement: prompts uniform (or the given one, or one given per row), then rows uniform."""
         if prompt_index is None:
             known = torch.unique(self.prompt)
             chosen = known[torch.randint(len(known), (batch,), generator=rng)]
         else:
-            chosen = torch.full((batch,), prompt_index)
+            chosen = torch.as_tensor(prompt_index).cpu().expand(batch)
         where = torch.rand(batch, generator=rng)
         rows = torch.empty(batch, dtype=torch.long)
         for index in torch.unique(chosen):

@@ -15,7 +15,10 @@ GROUPS = {
     "xattn_kv": r"unet\.(.*\.)?attn2\.to_[kv]\.",
     # Everything but cross-attention, the output layers and the time embedding.
     "noxattn": r"unet\.(?!(.*\.)?attn2\.)(?!conv_norm_out\.|conv_out\.|time_embedding\.)",
+    "attention": r"unet\.(.*\.)?attn[12]\.",
     "selfattn": r"unet\.(.*\.)?attn1\.",
+    # Attention, feed-forward and projections: everything inside the transformer blocks.
+    "transformer": r"unet\.(.*\.)?attentions\.",
     "full": r"unet\.",
     "text_encoder": _TEXT + r"(encoder\.layers\.|final_layer_norm\.)",
 }

@@ -93,6 +93,52 @@ def trajectory(
     return Trajectory(torch.stack(states), torch.tensor(timesteps, device=x.device), torch.stack(without), torch.stack(given))
 
 
+def ddim_run(
+    model: DiffusionModel,
+    c: Conditioning,
+    x_T: Tensor,
+    sampling: Sampling,
+    *,
+    uncond: Conditioning | None = None,
+    checkpoints: bool = False,
+) -> Tensor:
+    """x_0 from x_T (B, C, h, w) by DDIM; without ``uncond`` unguided, under c alone. Differentiable.
+
+    ``checkpoints`` computes every step again on the way back, so that the activations of one step at a time are kept.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def step(x: Tensor, t: int, t_next: int | None) -> Tensor:
+        rows = torch.full((len(x),), t, device=x.device)
+        scale = 1.0 if uncond is None else sampling.guidance_scale
+        return ddim_step(model, x, t, t_next, guided(model, x, rows, c, uncond, scale))
+
+    x = x_T
+    timesteps = ddim_timesteps(model, sampling.steps).tolist()
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        x = checkpoint(step, x, t, t_next, use_reentrant=False) if checkpoints else step(x, t, t_next)
+    return x
+
+
+@torch.no_grad()
+def invert(model: DiffusionModel, c: Conditioning, x_0: Tensor, sampling: Sampling, *, iterations: int = 1) -> Tensor:
+    """The x_T (B, C, h, w) that `ddim_run` takes to x_0, unguided under c: DDIM backwards.
+
+    A step x' = a x + b eps(x, t) is undone by iterating x <- (x' - b eps(x, t)) / a from x'; one iteration is the usual DDIM
+    inversion, more solve the step where the iteration contracts (Pan et al., ICCV 2023, arXiv:2309.04907).
+    """
+    timesteps = ddim_timesteps(model, sampling.steps).tolist()
+    x = x_0
+    for t, t_next in reversed(list(zip(timesteps, [*timesteps[1:], None], strict=True))):
+        rows, there = torch.full((len(x),), t, device=x.device), x
+        zero = torch.zeros_like(x)
+        a = ddim_step(model, torch.ones_like(x), t, t_next, zero)
+        b = ddim_step(model, zero, t, t_next, torch.ones_like(x))
+        for _ in range(iterations):
+            x = (there - b * model.eps(x, rows, c)) / a
+    return x
+
+
 @torch.no_grad()
 def sample_latents(
     model: DiffusionModel, c: Conditioning, x_T: Tensor, sampling: Sampling, *, uncond: Conditioning | None = None
@@ -100,12 +146,7 @@ def sample_latents(
     """x_0 (B, C, h, w) from x_T of unit variance under ``sampling``."""
     uncond = _with_uncond(model, sampling, uncond)
     if sampling.scheduler == "ddim":
-        x = x_T
-        timesteps = ddim_timesteps(model, sampling.steps).tolist()
-        for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
-            rows = torch.full((len(x),), t, device=x.device)
-            x = ddim_step(model, x, t, t_next, guided(model, x, rows, c, uncond, sampling.guidance_scale))
-        return x
+        return ddim_run(model, c, x_T, sampling, uncond=uncond)
     if sampling.scheduler not in SCHEDULERS:
         raise UserError(f"unknown scheduler {sampling.scheduler!r}; known are {', '.join(SCHEDULERS)}")
     scheduler = model.sampler(sampling.scheduler)
@@ -183,6 +224,15 @@ def embed_all(model: DiffusionModel, prompts: Sequence[str], batch_size: int = 6
     return Conditioning.cat(
         [model.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     ).detach()
+
+
+def by_guidance(scales: Sequence[float | None], batch_size: int = 32) -> list[list[int]]:
+    """The places in ``scales`` in batches of one guidance each, at most ``batch_size`` together."""
+    batches = []
+    for scale in dict.fromkeys(scales):
+        same = [i for i, other in enumerate(scales) if other == scale]
+        batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
+    return batches
 
 
 def at_guidance(sampling: Sampling, guidance: float | None) -> Sampling:

@@ -6,7 +6,7 @@ batch uses generator b, so that a batch gives what one prompt at a time would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -92,6 +92,34 @@ def insert_tokens(
     return torch.tensor(rows, dtype=torch.long, device=ids.device), positions
 
 
+def insert_every(model: DiffusionModel, prompts: Sequence[str], every: int) -> tuple[Tensor, Tensor]:
+    """Make room for one free token before every ``every`` words: (ids (B, L), which of them are free (B, L) bool).
+
+    Words are what whitespace separates, so that no word is torn. Raises UserError for a prompt without room.
+    """
+    rows, marks = [], []
+    free = _placeholder(model)
+    for prompt in prompts:
+        words = model.tokenize(prompt.split() or [""])
+        row: list[int] = []
+        mark: list[bool] = []
+        for number, (ids, length) in enumerate(zip(words.tolist(), text_length(model, words).tolist(), strict=True)):
+            if number % every == 0:
+                row, mark = [*row, free], [*mark, True]
+            row, mark = row + ids[1 : 1 + length], mark + [False] * length
+        room = model.max_tokens - len(row) - 2
+        if room < 0:
+            raise UserError(f"the prompt {prompt!r} has no room for a free token before every {every} words")
+        rows.append([int(words[0, 0]), *row, _eos(model), *[_padding(model)] * room])
+        marks.append([False, *mark, *[False] * (room + 1)])
+    return torch.tensor(rows, device=model.device), torch.tensor(marks, device=model.device)
+
+
+def nearest(vectors: Tensor, vocabulary: Tensor) -> Tensor:
+    """For vectors (…, d) the row of the vocabulary (M, d) of the highest cosine, (…)."""
+    return (F.normalize(vectors, dim=-1) @ F.normalize(vocabulary, dim=-1).T).argmax(dim=-1)
+
+
 def put_ids(ids: Tensor, positions: Tensor, free: Tensor) -> Tensor:
     """ids (B, L) with ``free`` (B, k) at ``positions`` (B, k)."""
     return ids.scatter(1, positions, free)
@@ -102,6 +130,40 @@ def put_embeddings(model: DiffusionModel, ids: Tensor, positions: Tensor, free: 
     fixed = model.vocabulary[ids]
     index = positions[..., None].expand(-1, -1, fixed.shape[-1])
     return fixed.to(free.dtype).scatter(1, index, free)
+
+
+def descend_embeddings(
+    model: DiffusionModel,
+    batch_at: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+    ids: Tensor,
+    positions: Tensor,
+    free: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    signed: bool = False,
+    accumulate: bool = False,
+) -> Iterator[tuple[Tensor, float]]:
+    """Move free token embeddings (B, k, D) by Adam until the model predicts given targets; yields (embeddings, mean loss) a step.
+
+    min_v  mean || eps_theta(x_t, t, tau(v in the prompt)) - target ||^2   with  (x_t, t, target) = ``batch_at(step)``, a row per
+    prompt. What comes with a loss are the embeddings it was measured at; a last item holds the moved ones and loss NaN.
+    ``signed`` takes the gradient's sign before Adam; ``accumulate`` never clears it, so that it gathers over the steps.
+    """
+    v = free.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=lr)
+    for step in range(steps):
+        x_t, t, target = batch_at(step)
+        c = model.embed_tokens(put_embeddings(model, ids, positions, v), ids)
+        losses = (model.eps(x_t, t, c).float() - target.float()).square().flatten(1).mean(1)
+        # Rows are independent: the sum gives every row the gradient it would have alone.
+        (gradient,) = torch.autograd.grad(losses.sum(), v)
+        v.grad = gradient if v.grad is None or not accumulate else v.grad + gradient
+        if signed:
+            v.grad = v.grad.sign()
+        yield v.detach().clone(), float(losses.detach().mean())
+        optimizer.step()
+    yield v.detach().clone(), float("nan")
 
 
 def text_ids(model: DiffusionModel) -> Tensor:

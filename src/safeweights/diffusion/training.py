@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,23 +27,28 @@ def descend(
     description: str = "training",
     facts: Mapping[str, Any] | None = None,
     gradients: Callable[[int], None] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> list[float]:
     """Take ``steps`` optimiser steps on ``loss_at(step)``; the losses, one per step.
 
     ``loss_at`` must draw its randomness from ``noise.generator(seed, …, step)``, so that a run resumed from ``workspace`` ends
     with the very tensors of an undisturbed one. ``facts`` (JSON) describe the run: a checkpoint written under other facts is
-    not resumed. ``gradients(step)`` may change gradients in place before the step (masks, projections). An interrupt saves first.
+    not resumed. ``gradients(step)`` may change gradients in place before the step (masks, projections). ``state`` are
+    tensors that ``loss_at`` carries from step to step, replaced and never changed in place; they are kept and resumed too. An
+    interrupt saves first.
 
     Raises UserError for a loss or gradient that is not finite, naming the step.
     """
     workspace = workspace or Workspace()
     kind = OPTIMIZERS[optimizer](list(parameters.values()), lr=lr, weight_decay=weight_decay)
-    described = {
+    described: dict[str, Any] = {
         "lr": lr, "weight_decay": weight_decay, "optimizer": optimizer,
         "shapes": {name: list(p.shape) for name, p in parameters.items()}, **(facts or {}),
     }  # fmt: skip
-    losses = _resume(parameters, kind, described, workspace, steps)
+    described = json.loads(json.dumps(described))  # as it will be read again: a tuple comes back as a list
+    losses = _resume(parameters, kind, described, workspace, steps, state)
     saved = len(losses)
+    carried = dict(state or {})
 
     def save() -> None:
         nonlocal saved
@@ -52,6 +58,7 @@ def descend(
         for name, p in parameters.items():
             for key, value in kind.state[p].items():
                 tensors[f"state/{key}/{name}"] = torch.as_tensor(value)
+        tensors |= {f"carried/{name}": value for name, value in carried.items()}
         workspace.save("descent", tensors, {"facts": described, "losses": losses})
         saved = len(losses)
 
@@ -71,6 +78,8 @@ def descend(
                 raise UserError(f"{description}: a gradient is not finite at step {step}; set a lower lr (it is {lr:g})")
             kind.step()
             losses.append(value)
+            # As it was after a whole step: an interrupt in the middle of the next one must not save half of it.
+            carried = dict(state or {})
             if len(losses) % workspace.every == 0 or len(losses) == steps:
                 save()
     except KeyboardInterrupt:
@@ -80,9 +89,14 @@ def descend(
 
 
 def _resume(
-    parameters: Mapping[str, nn.Parameter], kind: Any, facts: Mapping[str, Any], workspace: Workspace, steps: int
+    parameters: Mapping[str, nn.Parameter],
+    kind: Any,
+    facts: Mapping[str, Any],
+    workspace: Workspace,
+    steps: int,
+    state: dict[str, Tensor] | None,
 ) -> list[float]:
-    """Load the last checkpoint of this very run, if there is one, into parameters and optimiser; the losses so far."""
+    """Load the last checkpoint of this very run, if there is one, into parameters, optimiser and state; the losses so far."""
     stored = workspace.load("descent")
     if stored is None or stored[1].get("facts") != facts or len(stored[1]["losses"]) > steps:
         return []
@@ -91,6 +105,9 @@ def _resume(
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
     for key, value in tensors.items():
+        if key.startswith("carried/") and state is not None:
+            name = key.removeprefix("carried/")
+            state[name] = value.to(state[name].device)
         if key.startswith("state/"):
             _, what, name = key.split("/", 2)
             parameter = parameters[name]

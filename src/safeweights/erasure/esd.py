@@ -46,9 +46,9 @@ class ESD:
     """What is trained: xattn (ESD-x), noxattn (ESD-u), selfattn, full, text_encoder, or another parameter group."""
     eta: float = 1.0
     """Strength of the negative guidance in eq. 7; unitless, > 0."""
-    steps: int = 120
+    steps: int = 110
     """Optimiser steps; > 0."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """Adam's learning rate; > 0."""
     batch_size: int = 4
     """Noisy latents a step; > 0."""

@@ -15,8 +15,7 @@ from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.closed_form import edit
 from safeweights.diffusion.parameters import select
-from safeweights.diffusion.sampling import embed_all
-from safeweights.diffusion.search import find_term, text_length
+from safeweights.diffusion.text_pairs import paired_states, pairs_of, retainable, retained_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +62,10 @@ class UCE:
     ) -> Protection:
         names = select(model.named_parameters(), "xattn_kv")
         weights = dict(model.named_parameters())
-        pairs = [pair for concept in concepts for pair in self._pairs(concept)]
-        erased, guides = self._keys(model, pairs)
-        # A prompt that names an erased concept cannot be retained.
-        kept = [text for text in retain if not any(concept.term.lower() in text.lower() for concept in concepts)]
-        keys_retain = self._retained(model, kept)
+        pairs = [pair for concept in concepts for pair in pairs_of(concept, self.prompts, self.erase_with)]
+        erased, guides = paired_states(model, pairs, self.tokens)
+        kept = retainable(retain, concepts)
+        keys_retain = retained_states(model, kept, last=self.tokens == "last")
         beta = max(0.1, 1 / max(len(kept), 1)) if self.beta is None else self.beta
         tensors = {}
         for name in names:
@@ -80,41 +78,3 @@ class UCE:
             settings=describe(self),
             cost={"eps_calls": 0, "edited_keys": len(erased), "retained_keys": len(keys_retain)},
         )
-
-    def _pairs(self, concept: Concept) -> list[tuple[str, str, str]]:
-        """(prompt that asks for the concept, prompt it shall mean instead, the concept's term)."""
-        texts = {"term": [concept.term], "prompts": [*concept.texts], "both": [concept.term, *concept.texts]}[self.prompts]
-        return [(text, concept.without(text) if self.erase_with == "anchor" else "", concept.term) for text in texts]
-
-    def _keys(self, model: DiffusionModel, pairs: Sequence[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text states (n, D) of the concept and of what they shall mean, float64, paired from the end of the text onwards."""
-        ids = model.tokenize([text for text, _, _ in pairs])
-        old = embed_all(model, [text for text, _, _ in pairs]).states.double()
-        new = embed_all(model, [guide for _, guide, _ in pairs]).states.double()
-        ends = text_length(model, ids).tolist()
-        guide_ends = text_length(model, model.tokenize([guide for _, guide, _ in pairs])).tolist()
-        erased, guides = [], []
-        for row, (_, _, term) in enumerate(pairs):
-            end, guide_end = ends[row], guide_ends[row]
-            where = find_term(model, ids[row : row + 1], term)[0]
-            first, last = (where[0], where[-1]) if where else (end, end)
-            # Each position is paired with the guide's position as far from the end of its text.
-            shift = guide_end - end
-            if self.tokens == "last":
-                # Without a text to point at, the end token stands for the empty prompt.
-                positions = [(last, max(1, last + shift))]
-            else:
-                positions = [(p, max(1, p + shift)) for p in range(first, old.shape[1]) if p + shift < old.shape[1]]
-            erased += [old[row, p] for p, _ in positions]
-            guides += [new[row, q] for _, q in positions]
-        return torch.stack(erased), torch.stack(guides)
-
-    def _retained(self, model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
-        """Text states (n, D) that must keep their keys and values: of the last token, or of all positions but the first."""
-        if not prompts:
-            return torch.empty(0, model.vocabulary.shape[1], dtype=torch.float64, device=model.device)
-        states = embed_all(model, prompts).states.double()
-        if self.tokens == "last":
-            ends = text_length(model, model.tokenize(prompts)).clamp(min=1)
-            return states[torch.arange(len(prompts)), ends]
-        return states[:, 1:].flatten(0, 1)

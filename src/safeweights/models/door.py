@@ -32,12 +32,14 @@ def open_model(
     dtype: str | torch.dtype | None = None,
     prediction: str | None = None,
     config: str | Path | None = None,
+    text_encoder: str | Path | None = None,
 ) -> DiffusionModel:
     """Open "sandbox", a diffusers folder, a single ``.safetensors`` checkpoint or a Hub id: Stable Diffusion 1.x or 2.x.
 
     ``device`` "auto" takes cuda, then mps, then cpu. ``dtype`` defaults to float32, in which protections are made.
     ``prediction`` ("epsilon" or "v_prediction") overrides what the files say. ``config`` is a diffusers folder that tells
-    the architecture of a single-file checkpoint of non-standard size.
+    the architecture of a single-file checkpoint of non-standard size. ``text_encoder`` is a CLIPTextModel folder (or a diffusers
+    folder that holds one) put in place of the model's own.
 
     Raises UserError for pickled, missing, damaged, non-finite or incomplete weights and for models of another family.
     """
@@ -62,6 +64,8 @@ def open_model(
             raise UserError(f"{name} does not exist; give a diffusers folder, a .safetensors file, a Hub id or 'sandbox'")
         else:
             parts = _from_folder(_download(name), kind)
+        if text_encoder is not None:
+            parts["text_encoder"] = _fitting(Path(text_encoder).expanduser(), parts["text_encoder"], kind)
     if prediction is not None:
         scheduler = parts["scheduler"]
         parts["scheduler"] = scheduler.from_config(scheduler.config, prediction_type=prediction)
@@ -136,26 +140,59 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for part, class_name in WEIGHTED.items():
         cls = getattr(transformers if part == "text_encoder" else diffusers, class_name)
-        try:
-            parts[part], info = cls.from_pretrained(
-                folder / part, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variants[part],
-                output_loading_info=True,
-            )  # fmt: skip
-        except Exception as error:  # whatever the loaders raise, the folder is what is wrong
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UserError(f"{folder / part} cannot be opened: {reason}") from error
-        wrong = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
-        if wrong:
-            raise UserError(
-                f"{folder / part}: the weights lack or misshape {wrong[0]} ({len(wrong)} tensors); get the folder again"
-            )
+        parts[part] = _open_part(cls, folder / part, dtype, variants[part])
     try:
-        parts["tokenizer"] = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        parts["tokenizer"] = open_tokenizer(folder / "tokenizer")
         _, class_name = index.get("scheduler", ["diffusers", "DDIMScheduler"])
         parts["scheduler"] = getattr(diffusers, class_name).from_pretrained(folder / "scheduler", local_files_only=True)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder}: the tokenizer or the scheduler cannot be opened: {error}") from error
     return parts
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer in a folder. Raises UserError for a folder without a vocabulary."""
+    from transformers import CLIPTokenizer
+
+    # Without its files transformers gives a tokenizer that knows no word, and says nothing.
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder} holds no vocabulary (vocab.json or tokenizer.json); save or download the whole pipeline")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _open_part(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    try:
+        module, info = cls.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True
+        )
+    except Exception as error:  # whatever the loaders raise, the folder is what is wrong
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} cannot be opened: {reason}") from error
+    wrong = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
+    if wrong:
+        raise UserError(f"{folder}: the weights lack or misshape {wrong[0]} ({len(wrong)} tensors); get the folder again")
+    return module
+
+
+def _fitting(folder: Path, own: Any, dtype: torch.dtype) -> Any:
+    """The text encoder of a folder, if a model that has ``own`` can take it."""
+    import transformers
+
+    if (folder / "text_encoder").is_dir():
+        folder = folder / "text_encoder"
+    config = _read_json(folder / "config.json", f"{folder} is no text encoder's folder")
+    if config.get("model_type") != "clip_text_model":
+        raise UserError(f"{folder} is a {config.get('model_type')}; only a CLIPTextModel can be dropped in")
+    found = _open_part(transformers.CLIPTextModel, folder, dtype, _check_files(folder))
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        if getattr(found.config, key) != getattr(own.config, key):
+            raise UserError(
+                f"{folder}: its {key} is {getattr(found.config, key)}, this model's {getattr(own.config, key)}; "
+                "take a text encoder of the same family"
+            )
+    return found
 
 
 def _check_files(folder: Path) -> str | None:

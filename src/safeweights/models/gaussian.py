@@ -74,7 +74,7 @@ class GaussianModel:
         timesteps: int = 1000,
         seed: int = 0,
     ) -> None:
-        self.name = "gaussian"
+        self.name, self.prediction = "gaussian", "epsilon"
         self.words = (BOS, EOS, *words)
         self.latent_shape = (3, size, size)
         self.latent_stride = 1

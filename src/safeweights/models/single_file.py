@@ -28,6 +28,8 @@ STRANGERS = {
 }
 UNET = "model.diffusion_model."
 TEXT_1, TEXT_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+CLIP_WORDS = 49408
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZERS = {1: ("openai/clip-vit-large-patch14", ""), 2: ("stabilityai/stable-diffusion-2", "tokenizer")}
 
 
@@ -118,7 +120,7 @@ def write_config(folder: Path, version: int, shapes: Mapping[str, list[int]], pr
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
-            "vocab_size": 49408,
+            "vocab_size": CLIP_WORDS,
             "hidden_size": width,
             "intermediate_size": 4 * width,
             # 2.x reads the second-last of 24 layers, so its text encoder has 23.
@@ -280,18 +282,43 @@ def _tokenizer(version: int, config: Path | None) -> Any:
     """CLIP's tokenizer: from the config folder, or from the Hub and its cache. The checkpoint itself does not hold one."""
     from transformers import CLIPTokenizer
 
+    from safeweights.models.door import open_tokenizer
+
     if config is not None:
-        return CLIPTokenizer.from_pretrained(config / "tokenizer", local_files_only=True)
+        return open_tokenizer(config / "tokenizer")
     name, subfolder = TOKENIZERS[version]
     try:
         # 2.x pads with "!", 1.x with the end token; both read 77 positions.
         pad = "!" if version == 2 else "<|endoftext|>"
-        return CLIPTokenizer.from_pretrained(name, subfolder=subfolder, pad_token=pad, model_max_length=77)
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder, pad_token=pad, model_max_length=77)
+        # Without its files transformers gives a tokenizer that knows no word, and says nothing.
+        if len(tokenizer) < CLIP_WORDS:
+            raise OSError("no vocabulary")
+        return tokenizer
     except Exception as error:
         raise UserError(
-            f"a single file holds no tokenizer and {name} is neither cached nor reachable; go online once, "
-            "or open a diffusers folder"
+            f"a single file holds no tokenizer, and that of {name} is neither cached nor reachable; "
+            f"run '{fetch_tokenizer(version)}' once while online (its cache may be copied), or give the model's diffusers folder "
+            "(in Python also open_model(file, config=FOLDER), any diffusers folder of that architecture)"
         ) from error
+
+
+def fetch_tokenizer(version: int) -> str:
+    """The command that puts the tokenizer of single files of SD ``version`` into the Hub's cache."""
+    name, subfolder = TOKENIZERS[version]
+    return f"hf download {name} " + " ".join(f"{subfolder}/{file}".lstrip("/") for file in TOKENIZER_FILES)
+
+
+def tokenizer_cached(version: int) -> bool:
+    """Whether single files of SD ``version`` can be opened offline without a config folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, subfolder = TOKENIZERS[version]
+
+    def cached(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(name, f"{subfolder}/{file}".lstrip("/")), str)
+
+    return cached("tokenizer.json") or (cached("vocab.json") and cached("merges.txt"))
 
 
 def _open(path: Path, config: Path, dtype: torch.dtype, tokenizer: Any) -> Any:

@@ -216,6 +216,24 @@ class StableDiffusion:
                 owned[name].copy_(tensor)
         return twin
 
+    def with_words(self, words: Mapping[str, Tensor]) -> Self:
+        """A copy whose tokenizer reads each new word as one token of this embedding (D,). Raises UserError for a known word."""
+        known = self.tokenizer.get_vocab()
+        for word in words:
+            if word in known:
+                raise UserError(f"the tokenizer knows {word!r} already; choose another new word with --set token=…")
+        twin = copy.copy(self)
+        twin.tokenizer = copy.deepcopy(self.tokenizer)
+        twin.tokenizer.add_tokens([*words])
+        encoder: Any = copy.deepcopy(self.text_encoder)
+        encoder.resize_token_embeddings(len(twin.tokenizer), mean_resizing=False)
+        weight = encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            for word, row in words.items():
+                weight[twin.tokenizer.convert_tokens_to_ids(word)] = row.to(weight)
+        twin.text_encoder = encoder.requires_grad_(False)
+        return twin
+
     def save(self, folder: Any) -> None:
         """Write a plain diffusers folder that opens with ``StableDiffusionPipeline.from_pretrained(folder)``.
 
@@ -237,10 +255,24 @@ class StableDiffusion:
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             )  # fmt: skip
             pipeline.save_pretrained(folder, safe_serialization=True)
-        # safetensors writes files only their owner can read; a release folder follows the umask like any other file.
-        os.umask(mask := os.umask(0))
-        for file in folder.glob("*/*.safetensors"):
-            file.chmod(0o666 & ~mask)
+        _follow_umask(folder.glob("*/*.safetensors"))
+
+    def save_text_encoder(self, folder: Any) -> None:
+        """Write the text encoder alone, in float32: a folder that opens with ``CLIPTextModel.from_pretrained(folder)``."""
+        text_encoder: Any = self.text_encoder
+        if _dtype(text_encoder) != torch.float32:
+            text_encoder = copy.deepcopy(text_encoder).float()
+        folder = Path(folder)
+        with quiet():
+            text_encoder.save_pretrained(folder, safe_serialization=True)
+        _follow_umask(folder.glob("*.safetensors"))
+
+
+def _follow_umask(files: Iterable[Path]) -> None:
+    """safetensors writes files only their owner can read; a release folder follows the umask like any other file."""
+    os.umask(mask := os.umask(0))
+    for file in files:
+        file.chmod(0o666 & ~mask)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights import __version__
-from safeweights.records.machine import peak_memory_gb
+from safeweights.records.machine import peak_memory_gb, versions
 from safeweights.release.output import write_json
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from safeweights.records.record import Record
 
 NAME = "manifest.json"
-LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "accelerate", "peft", "numpy")
 
 
 def write_manifest(
@@ -91,17 +88,6 @@ def protection_records(manifest: Mapping[str, Any], file: ConceptFile, *, model:
         for name in manifest["concepts"]
         if name in file.concepts
     ]  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Python, platform and the installed versions of the libraries that numbers depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def hash_input(path: str | Path) -> str | None:

@@ -51,7 +51,7 @@ def output_folder(
         work.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}; choose another output with -o") from None
-    with _lock(work, target):
+    with lock(work, target):
         _check_same_run(work, resume, dict(options or {}), target)
         done = False
         try:
@@ -139,7 +139,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(work: Path, target: Path) -> Iterator[None]:
+def lock(work: Path, target: Path) -> Iterator[None]:
     """Keep two runs from writing the same output; the system drops the lock when a run dies."""
     try:
         import fcntl

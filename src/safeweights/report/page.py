@@ -89,13 +89,15 @@ class Section:
     neighbours: tuple[str, ...]
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, records: Sequence[Record] | None = None) -> Path:
     """Write ``report.html`` from the records in ``folder`` and in the folders below it, with their pictures; its path.
+
+    ``records`` are those to show where it is not all; their pictures lie in ``folder``.
 
     Raises UserError where there are no records, or one cannot be read.
     """
     folder = Path(folder)
-    records = gather(folder)
+    records = gather(folder) if records is None else records
     if not records:
         raise UserError(f"{folder} holds no records; write some with `safeweights evaluate … -o {folder}` first")
     target = folder / "report.html"

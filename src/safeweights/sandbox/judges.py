@@ -284,7 +284,7 @@ def _job(job: tuple[str, Path, Any, int]) -> str:
     else:
         make, steps = partial(Embedding, work, small, seed), budget.embedder_steps
     fitting = workers.Fitting(steps=steps, seed=seed, ema=0.0, adam_lr=2e-3)
-    model = workers.fit(make, work / f"{name}.pt", fitting, workers=1, report=log.follow(name, steps))
+    model = workers.fit(make, work / f"{name}.safetensors", fitting, workers=1, report=log.follow(name, steps))
     beside = work / f"{name}.{os.getpid()}.part"
     parts = dict(model.named_children())
     kept = {"clip": parts.get("clip"), "embedder": parts.get("net")}.get(name) or model

@@ -23,6 +23,8 @@ import numpy as np
 from safeweights.core.errors import UserError
 from safeweights.sandbox import tokenizer, world
 
+LEAST = 64
+"""Pictures that the smallest budget draws: a batch of every stage."""
 STAGES = ("data", "tokenizer", "autoencoder", "latents", "generator", "decoder", "judges")
 
 
@@ -47,10 +49,10 @@ class Budget:
     text: dict[str, Any] = field(default_factory=dict)
 
     def lasting(self, minutes: float) -> Budget:
-        """This budget with its steps scaled to about `minutes` on two cores; the default takes about 110."""
+        """This budget scaled to about `minutes` on two cores, pictures along with steps; the default takes about 110."""
         share = minutes / 110
-        steps = {k: max(1, round(v * share)) for k, v in asdict(self).items() if k.endswith("_steps")}
-        return replace(self, **steps)
+        least = {**{k: 1 for k in asdict(self) if k.endswith("_steps")}, "pictures": LEAST, "judge_pictures": LEAST}
+        return replace(self, **{k: max(low, round(getattr(self, k) * share)) for k, low in least.items()})
 
 
 class Log:
@@ -145,7 +147,7 @@ def _autoencoder(run: _Run) -> dict[str, Any]:
     steps = run.budget.autoencoder_steps
     fitting = workers.Fitting(steps=steps, seed=run.seed + 1, ema=0.99)
     report = run.log.follow("autoencoder", steps)
-    workers.fit(task, run.work / "autoencoder.pt", fitting, workers=run.workers, report=report)
+    workers.fit(task, run.work / "autoencoder.safetensors", fitting, workers=run.workers, report=report)
     return {"steps": steps}
 
 
@@ -154,9 +156,9 @@ def _load_vae(run: _Run) -> Any:
     from safeweights.sandbox import vae, workers
 
     model = vae.build(**run.budget.autoencoder)
-    workers.averaged(model, run.work / "autoencoder.pt")
+    workers.averaged(model, run.work / "autoencoder.safetensors")
     if (run.work / "decoder.done").exists():
-        workers.averaged(vae.decoder_of(model), run.work / "decoder.pt")
+        workers.averaged(vae.decoder_of(model), run.work / "decoder.safetensors")
     return model.half().float().eval()
 
 
@@ -221,7 +223,7 @@ def _generator(run: _Run) -> dict[str, Any]:
     steps = run.budget.generator_steps
     fitting = workers.Fitting(steps=steps, seed=run.seed + 2)
     report = run.log.follow("generator", steps)
-    checkpoint = run.work / "generator.pt"
+    checkpoint = run.work / "generator.safetensors"
     workers.fit(_denoising(run, generator), checkpoint, fitting, workers=run.workers, report=report)
     return {"steps": steps}
 
@@ -230,10 +232,12 @@ def _decoder(run: _Run) -> dict[str, Any]:
     from safeweights.sandbox import vae, workers
 
     b, steps = run.budget, run.budget.decoder_steps
-    task = partial(vae.Decoding, run.work / "judged.npy", run.work / "autoencoder.pt", b.batch, run.seed + 3, b.autoencoder)
+    task = partial(
+        vae.Decoding, run.work / "judged.npy", run.work / "autoencoder.safetensors", b.batch, run.seed + 3, b.autoencoder
+    )
     fitting = workers.Fitting(steps=steps, seed=run.seed + 3, ema=0.99, muon_lr=1e-3, adam_lr=5e-4)
     report = run.log.follow("decoder", steps)
-    workers.fit(task, run.work / "decoder.pt", fitting, workers=run.workers, report=report)
+    workers.fit(task, run.work / "decoder.safetensors", fitting, workers=run.workers, report=report)
     return {"steps": steps}
 
 
@@ -252,7 +256,7 @@ def export(work: Path, output: Path, *, budget: Budget | None = None) -> int:
 
     run = _Run(work, budget or Budget(), 0, 1, Log())
     task = _denoising(run, generator)()
-    steps = workers.averaged(task.model, work / "generator.pt")
+    steps = workers.averaged(task.model, work / "generator.safetensors")
     autoencoder = _load_vae(run)
     autoencoder.register_to_config(scaling_factor=load_json(work / "latents.done")["scaling_factor"])
     beside = output.with_name(f"{output.name}.{os.getpid()}.part")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from safeweights.core.errors import UserError
+from safeweights.core.workspace import Workspace
 
 BARRIER_SECONDS = 600.0
+STATE = ("weights", "average", "first", "second")
+"""What of `_Flat` the next step depends on."""
 
 
 class Task(Protocol):
@@ -210,24 +213,30 @@ def _worker(
     _steps(make(), flat, fitting, rank, workers, start, barrier, lambda step, loss: None)
 
 
-def save_atomically(value: Any, path: Path) -> None:
-    """Write with `torch.save` so that the file is either the old one or the whole new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(value, beside)
-    os.replace(beside, path)
+def load(checkpoint: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a checkpoint (the flat "weights", "average", "first", "second", and "buffer/<name>") and its step."""
+    kept = Workspace(checkpoint.parent).load(checkpoint.stem)
+    if kept is None:
+        raise UserError(f"{checkpoint} is missing; run the training stage that writes it first")
+    tensors, facts = kept
+    return tensors, int(facts["step"])
+
+
+def _set_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        buffer.copy_(tensors[f"buffer/{name}"])
 
 
 def averaged(model: nn.Module, checkpoint: Path) -> int:
     """Load a checkpoint's averaged weights (and buffers) into a fresh model; the number of steps it has seen."""
-    saved = torch.load(checkpoint, weights_only=True)
+    tensors, step = load(checkpoint)
     place = 0
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(saved["average"][place : place + p.numel()].view(p.shape))
+            p.copy_(tensors["average"][place : place + p.numel()].view(p.shape))
             place += p.numel()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(saved["buffers"][name])
-    return int(saved["step"])
+        _set_buffers(model, tensors)
+    return step
 
 
 def fit(
@@ -242,7 +251,8 @@ def fit(
     """Optimise the task's model and return it with the averaged weights.
 
     `make` builds the task and must be picklable when `workers` > 1, since every further worker calls it for itself.
-    Continues from `checkpoint` where that file exists; the result does not depend on how often it was interrupted.
+    Continues from `checkpoint`, a ``.safetensors`` file, where it exists; the result does not depend on how often it was
+    interrupted.
     Models with buffers that training changes (batch norm) need `workers=1`.
     """
     with one_thread():
@@ -251,16 +261,15 @@ def fit(
         start = 0
         flat = _Flat.of(task.model, workers)
         if checkpoint.exists():
-            saved = torch.load(checkpoint, weights_only=True)
-            start = int(saved["step"])
-            for name in ("weights", "average", "first", "second"):
-                getattr(flat, name).copy_(saved[name])
-            for name, buffer in task.model.named_buffers():
-                buffer.copy_(saved["buffers"][name])
+            tensors, start = load(checkpoint)
+            for name in STATE:
+                getattr(flat, name).copy_(tensors[name])
+            _set_buffers(task.model, tensors)
 
         def save(step: int) -> None:
-            state: dict[str, Any] = {n: getattr(flat, n) for n in ("weights", "average", "first", "second")}
-            save_atomically({"step": step, **state, "buffers": dict(task.model.named_buffers())}, checkpoint)
+            state = {name: getattr(flat, name) for name in STATE}
+            buffers = {f"buffer/{name}": buffer for name, buffer in task.model.named_buffers()}
+            Workspace(checkpoint.parent).save(checkpoint.stem, {**state, **buffers}, {"step": step})
 
         last = time.monotonic()
 

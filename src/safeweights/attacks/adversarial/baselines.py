@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from safeweights.core.attack import Access, Budget, Candidate, Revival, Target
+from safeweights.core.attack import Access, Budget, Candidate, Mode, Original, Revival, Target
 from safeweights.core.concept import Concept
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
@@ -22,6 +22,7 @@ class NoAttack:
 
     name: ClassVar[str] = "no-attack"
     access: ClassVar[Access] = Access.PROMPT
+    mode: ClassVar[Mode] = "seed"
 
     @property
     def budget(self) -> Budget:
@@ -34,6 +35,7 @@ class NoAttack:
         targets: Sequence[Target],
         *,
         sampling: Sampling,
+        original: Original | None = None,
         workspace: Workspace | None = None,
     ) -> Generator[Revival, Sequence[bool], None]:
         yield as_asked(model, targets)
@@ -45,6 +47,7 @@ class RandomTokens:
 
     name: ClassVar[str] = "random"
     access: ClassVar[Access] = Access.PROMPT
+    mode: ClassVar[Mode] = "live"
 
     tokens: int = 3
     """Random tokens before the prompt, k; > 0."""
@@ -66,6 +69,7 @@ class RandomTokens:
         targets: Sequence[Target],
         *,
         sampling: Sampling,
+        original: Original | None = None,
         workspace: Workspace | None = None,
     ) -> Generator[Revival, Sequence[bool], None]:
         seen = yield as_asked(model, targets)
@@ -92,6 +96,7 @@ class SeedSearch:
 
     name: ClassVar[str] = "seed-search"
     access: ClassVar[Access] = Access.PROMPT
+    mode: ClassVar[Mode] = "seed"
 
     images: int = 11
     """Pictures a prompt, the first seed included; >= 1. Give every attack the same."""
@@ -111,6 +116,7 @@ class SeedSearch:
         targets: Sequence[Target],
         *,
         sampling: Sampling,
+        original: Original | None = None,
         workspace: Workspace | None = None,
     ) -> Generator[Revival, Sequence[bool], None]:
         seen = yield as_asked(model, targets)

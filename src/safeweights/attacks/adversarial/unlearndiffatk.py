@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from safeweights.attacks.adversarial.baselines import as_asked
-from safeweights.core.attack import Access, Budget, Candidate, Revival, Target
+from safeweights.attacks.adversarial.rounds import Search, adam, check_range, mean_error, pictures_of, play
+from safeweights.core.attack import Access, Budget, Candidate, Mode, Original, Revival, Target
 from safeweights.core.concept import Concept
-from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
-from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
-from safeweights.diffusion.latent_bank import fingerprint
-from safeweights.diffusion.noise import add_noise, generator
+from safeweights.diffusion.noise import add_noise
 from safeweights.diffusion.search import insert_tokens, project_to_simplex, put_embeddings, sample_one_hot, text_ids
 
 
@@ -40,6 +38,7 @@ class UnlearnDiffAtk:
 
     name: ClassVar[str] = "unlearndiffatk"
     access: ClassVar[Access] = Access.GRADIENT
+    mode: ClassVar[Mode] = "live"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
@@ -66,9 +65,9 @@ class UnlearnDiffAtk:
     """Noise draws a gradient step averages over, 1 in the paper; small latents say less in one draw; > 0."""
     weight_decay: float = 0.1
     """L2 weight decay on the relaxed tokens; >= 0."""
-    t_low: int = 10
+    t_low: int = 300
     """First timestep, 0 <= t_low <= t_high."""
-    t_high: int = 990
+    t_high: int = 900
     """Last timestep, below the model's number of training timesteps."""
     batch_size: int = 16
     """Prompts searched together; memory grows with it, results do not depend on it."""
@@ -95,126 +94,66 @@ class UnlearnDiffAtk:
         targets: Sequence[Target],
         *,
         sampling: Sampling,
+        original: Original | None = None,
         workspace: Workspace | None = None,
     ) -> Generator[Revival, Sequence[bool], None]:
-        if self.t_high >= len(model.alpha):
-            raise UserError(f"unlearndiffatk: t_high must be below {len(model.alpha)}, not {self.t_high}")
-        workspace = workspace or Workspace()
-        seen = yield as_asked(model, targets)
-        search = _Search(self, model, [target for target, fell in zip(targets, seen, strict=True) if not fell])
-        facts = {"settings": describe(self), "targets": [[t.prompt, t.seed] for t in search.targets], "model": fingerprint(model)}
-        # After a kill the rounds already played are said again (their pictures are kept), then the search goes on from its state.
-        tensors, told = workspace.load("search") or ({}, {})
-        said: list[dict[str, Any]] = told["said"] if told.get("facts") == facts else []
-        stages = torch.linspace(self.t_low, self.t_high, self.timesteps).round().long().tolist()
-        for stage, t in enumerate(stages):
-            if not search.targets:
-                return
-            if stage == len(said) - 1:
-                search.restore(tensors)
-            if stage >= len(said):
-                what = f"attacking {len(search.targets)} prompts, timestep {stage + 1} of {len(stages)}"
-                for _ in workspace.track(range(self.steps), what):
-                    search.step(t)
-                said.append({"texts": search.texts(), "facts": search.facts()})
-                workspace.save("search", search.state(), {"facts": facts, "said": said})
-            texts, told_facts = said[stage]["texts"], said[stage]["facts"]
-            candidates = [Candidate(text, target.seed) for text, target in zip(texts, search.targets, strict=True)]
-            seen = yield Revival(model, tuple(candidates), told_facts)
-            search.keep([not fell for fell in seen])
+        check_range(self.name, model, self.t_high)
+        return play(
+            self,
+            model,
+            targets,
+            lambda standing: _Search(self, model, standing),
+            steps=self.steps,
+            sampling=sampling,
+            workspace=workspace,
+        )
 
 
-class _Search:
+class _Search(Search):
     """The relaxed tokens of all standing prompts: ``relaxed`` (P, k, V) on the simplex, and their Adam moments."""
 
+    moving = ("relaxed", "first", "second")
+    fixed = ("ids", "positions", "x_0")
+
     def __init__(self, attack: UnlearnDiffAtk, model: DiffusionModel, targets: Sequence[Target]) -> None:
-        self.attack, self.model, self.targets = attack, model, list(targets)
-        self.loss = self.gradient = float("nan")
-        self.steps = 0
-        if not targets:
-            return
-        vocabulary = model.vocabulary.float()
+        super().__init__(attack.name, model, targets, attack.batch_size)
+        self.attack = attack
+        self.stages = torch.linspace(attack.t_low, attack.t_high, attack.timesteps).round().long().tolist()
+        self.t = self.stages[0]
         self.words = text_ids(model)
-        self.vocabulary = vocabulary[self.words]
+        self.vocabulary = model.vocabulary.float()[self.words]
         ids = model.tokenize([target.prompt for target in targets])
         self.ids, self.positions = insert_tokens(model, ids, attack.tokens)
-        pictures = [target.reference for target in targets]
-        if any(picture is None for picture in pictures):
-            raise UserError(
-                "unlearndiffatk needs one picture of the concept for each prompt; the audit makes them with the reference model"
-            )
-        self.x_0 = torch.cat([model.encode(picture[None]) for picture in pictures if picture is not None])
-        self.rngs = [generator("unlearndiffatk", target.seed, target.prompt) for target in targets]
+        self.x_0 = pictures_of(attack.name, model, targets)
         size = (len(targets), attack.tokens, len(self.words))
-        self.relaxed = torch.full(size, 1.0 / len(self.words), device=vocabulary.device)
+        self.relaxed = torch.full(size, 1.0 / len(self.words), device=self.vocabulary.device)
         self.first, self.second = torch.zeros_like(self.relaxed), torch.zeros_like(self.relaxed)
 
-    def step(self, t: int) -> None:
-        """One gradient step at timestep t for every prompt, ``batch_size`` prompts at a time."""
-        self.steps += 1
-        losses, norms = [], []
-        for start in range(0, len(self.targets), self.attack.batch_size):
-            rows = slice(start, start + self.attack.batch_size)
-            loss, gradient = self._gradient(rows, t)
-            self._adam(rows, gradient.clamp(-1, 1))
-            losses.append(loss)
-            norms.append(gradient.flatten(1).norm(dim=1))
-        self.loss, self.gradient = float(torch.cat(losses).mean()), float(torch.cat(norms).mean())
+    def step(self, number: int) -> None:
+        self.t = self.stages[number - 1]
+        super().step(number)
 
-    def _gradient(self, rows: slice, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each prompt's loss (P,) and its gradient with respect to the drawn one-hot tokens (P, k, V)."""
-        model, rngs = self.model, self.rngs[rows]
-        x_0 = self.x_0[rows]
+    def gradient_of(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Each prompt's loss (P,) and its gradient with respect to the drawn one-hot tokens (P, k, V), clipped to [-1, 1]."""
+        model, rngs, x_0, ids = self.model, self.rngs[rows], self.x_0[rows], self.ids[rows]
         draws = self.attack.noises
         eps = torch.cat([torch.randn((draws, *x_0.shape[1:]), generator=rng) for rng in rngs]).to(x_0)
-        timesteps = torch.full((len(eps),), t, device=x_0.device)
+        t = torch.full((len(eps),), self.t, device=x_0.device)
         one_hot = sample_one_hot(self.relaxed[rows], rngs).requires_grad_()
-        ids = self.ids[rows]
         c = model.embed_tokens(put_embeddings(model, ids, self.positions[rows], one_hot @ self.vocabulary), ids)
-        x_t = add_noise(model, x_0.repeat_interleave(draws, dim=0), timesteps, eps)
-        predicted = model.eps(x_t, timesteps, c.repeat(draws))
-        loss = (predicted.float() - eps.float()).square().view(len(x_0), -1).mean(1)
+        x_t = add_noise(model, x_0.repeat_interleave(draws, dim=0), t, eps)
+        loss = mean_error(model, x_t, t, c, eps)
         (gradient,) = torch.autograd.grad(loss.sum(), one_hot)
-        return loss.detach(), gradient
+        return loss.detach(), gradient.clamp(-1, 1)
 
-    def _adam(self, rows: slice, gradient: torch.Tensor) -> None:
-        attack, U = self.attack, self.relaxed[rows]
+    def move(self, rows: slice, gradient: Tensor) -> None:
+        U, attack = self.relaxed[rows], self.attack
         gradient = gradient + attack.weight_decay * U
-        first = self.first[rows].mul_(0.9).add_(gradient, alpha=0.1)
-        second = self.second[rows].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        ratio = (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.999**self.steps)).sqrt() + 1e-8)
-        self.relaxed[rows] = project_to_simplex(U - attack.lr * ratio)
+        moved = adam(U, gradient, self.first[rows], self.second[rows], self.steps, attack.lr)
+        self.relaxed[rows] = project_to_simplex(moved)
 
-    def texts(self) -> list[str]:
+    def candidates(self) -> list[Candidate]:
         """The most likely tokens of every prompt as text, before its prompt."""
         best = self.words[self.relaxed.argmax(dim=-1)]
-        return [f"{self.model.text_of(ids)} {target.prompt}".strip() for ids, target in zip(best, self.targets, strict=True)]
-
-    def facts(self) -> dict[str, float]:
-        return {"loss": self.loss, "gradient_norm": self.gradient, "steps": float(self.steps)}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """All that the next step depends on."""
-        return {
-            "relaxed": self.relaxed,
-            "first": self.first,
-            "second": self.second,
-            "rngs": torch.stack([rng.get_state() for rng in self.rngs]),
-            "steps": torch.tensor(self.steps),
-        }
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go back to a `state` of the same standing targets."""
-        for name in ("relaxed", "first", "second"):
-            setattr(self, name, state[name].to(self.relaxed).clone())
-        for rng, kept in zip(self.rngs, state["rngs"], strict=True):
-            rng.set_state(kept.clone())
-        self.steps = int(state["steps"])
-
-    def keep(self, standing: Sequence[bool]) -> None:
-        """Drop the prompts that fell."""
-        rows = [i for i, stays in enumerate(standing) if stays]
-        self.targets = [self.targets[i] for i in rows]
-        self.rngs = [self.rngs[i] for i in rows]
-        for name in ("ids", "positions", "x_0", "relaxed", "first", "second"):
-            setattr(self, name, getattr(self, name)[rows])
+        texts = [f"{self.model.text_of(ids)} {target.prompt}".strip() for ids, target in zip(best, self.targets, strict=True)]
+        return [Candidate(text, target.seed) for text, target in zip(texts, self.targets, strict=True)]

@@ -1,0 +1,65 @@
+"""Multi-Concept Customization of Text-to-Image Diffusion (Kumari et al., CVPR 2023, arXiv:2212.04488)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from safeweights.attacks.relearning.finetune import DRAWING, FineTune
+from safeweights.core.model import DiffusionModel
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import Adapter, Shots
+from safeweights.diffusion.shots import drawn_shots
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusion(FineTune):
+    """Train the keys and values of cross-attention and the embedding of a modifier word.
+
+    W^k, W^v, v*  <-  AdamW on  E || eps - eps_theta(x_t, t, c(v*)) ||^2 + lam (the same on class pictures)           (sec. 3.2)
+
+    Needs: pictures whose captions hold the modifier word.   Cost: one pass forward and backward a step.
+    Differs from the reference code: class pictures are drawn by the model (there retrieved real ones; both in the paper), no
+    resizing augmentation; the learning rate is not multiplied by the batch size.
+    """
+
+    name: ClassVar[str] = "custom-diffusion"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "small": {},
+        "paper": {"steps": 250, "lr": 1e-5, "batch_size": 2, "class_pictures": 200},
+    }
+
+    steps: int = 80
+    """Optimiser steps; > 0."""
+    lr: float = 2e-3
+    """Constant learning rate; > 0."""
+    batch_size: int = 3
+    """Pictures a step; with prior preservation as many class pictures beside them; > 0."""
+    token: str = "<new1>"
+    """The modifier word, once in every caption."""
+    lam: float = 1.0
+    """Weight of the class pictures; 0 leaves them out."""
+    class_pictures: int = 16
+    """Pictures of the class the model draws; > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.token.strip() or self.lam < 0 or self.class_pictures < 1:
+            raise ValueError("token must be a word, lam not negative and class_pictures above zero")
+
+    @property
+    def new_word(self) -> str | None:
+        return self.token
+
+    @property
+    def prior_weight(self) -> float:
+        return self.lam
+
+    def adapter(self, *, init: str = "", frozen: frozenset[str] = frozenset()) -> Adapter:
+        return Adapter(parameters="xattn_kv", token=self.token, init=init, frozen=frozen)
+
+    def prior(self, model: DiffusionModel, prompts: Sequence[str], *, seed: int, workspace: Workspace) -> Shots | None:
+        if not prompts or self.lam == 0:
+            return None
+        return drawn_shots(model, prompts, n=self.class_pictures, sampling=DRAWING, seed=seed, workspace=workspace.child("class"))

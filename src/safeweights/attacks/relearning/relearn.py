@@ -1,0 +1,170 @@
+"""Fine-tune the erased model on a few pictures of the concept (IMMA: Zheng & Yeh, ECCV 2024, arXiv:2311.18815, sec. 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from safeweights.attacks.relearning.finetune import FineTune, caption
+from safeweights.core.attack import Access, Budget, Candidate, Mode, Original, Revival, Target
+from safeweights.core.concept import Concept
+from safeweights.core.errors import UserError
+from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.table import ADAPTATIONS, configure, resolve
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import Adapted, Shots
+from safeweights.diffusion.image_folder import read_folder
+from safeweights.diffusion.shots import drawn_shots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearn:
+    """Fine-tune on K pictures of the concept, then ask; or on pictures of other things, and see whether it comes back by itself.
+
+    theta_k = theta after k steps of the adaptation on {(x_i, c_i)}, i = 1 … K;   asked at checkpoints k, spread evenly in log k
+
+    Needs: the weights, the right to change them, and pictures of the concept (the original model's, or a folder's own).
+    Cost: ``steps`` passes forward and backward of a batch, once for all prompts, and ``images`` pictures a prompt.
+    Differs from the reference code: success is told at every checkpoint by a detector (there: similarity after every epoch).
+    """
+
+    name: ClassVar[str] = "relearn"
+    access: ClassVar[Access] = Access.WEIGHTS
+    mode: ClassVar[Mode] = "live"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": {"steps": 1000, "pictures": 20}}
+
+    adaptation: Literal["full", "dreambooth", "lora", "textual-inversion", "custom-diffusion"] = "lora"
+    """How it is fine-tuned."""
+    steps: int = 100
+    """Optimiser steps; > 0."""
+    pictures: int = 16
+    """Pictures the attacker has, K; > 0."""
+    images: int = 5
+    """Pictures judged a prompt: one before the attack and one at each of images - 1 checkpoints; >= 1."""
+    lr_scale: float = 1.0
+    """The adaptation's learning rate times this; > 0."""
+    rank: int | None = None
+    """Rank of LoRA; none is the adaptation's own."""
+    captions: Literal["concept", "anchor", "rare"] = "concept"
+    """What the pictures are called: the concept's prompts, what they say without it (it is never named), or a rare word for it.
+    The attacker asks in the same words afterwards."""
+    rare: str = "sks"
+    """The rare word."""
+    data: Literal["harmful", "benign"] = "harmful"
+    """Pictures of the concept, or the model's own of what its prompts say without it."""
+    source: str = ""
+    """A folder of pictures of the concept from elsewhere, instead of the original model's."""
+    seed: int = 0
+    """Fixes batches, noise and the factors' start."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.pictures, self.images) < 1 or self.lr_scale <= 0:
+            raise ValueError("steps, pictures, images and lr_scale must be above zero")
+        if self.rank is not None and (self.adaptation != "lora" or self.rank < 1):
+            raise ValueError("rank is a setting of lora, above zero")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(images=self.images, gradient_steps=self.steps, timesteps=len(self.checkpoints))
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The numbers of steps after which the model is asked, ``images`` - 1 of them, each about twice the one before."""
+        count = self.images - 1
+        return tuple(max(1, round(self.steps * 2.0 ** (i + 1 - count))) for i in range(count))
+
+    def revive(
+        self,
+        model: DiffusionModel,
+        concept: Concept,
+        targets: Sequence[Target],
+        *,
+        sampling: Sampling,
+        original: Original | None = None,
+        workspace: Workspace | None = None,
+    ) -> Generator[Revival, Sequence[bool], None]:
+        seen = yield Revival(model, tuple(Candidate(target.prompt, target.seed) for target in targets))
+        standing = [target for target, fell in zip(targets, seen, strict=True) if not fell]
+        if not standing or not self.checkpoints:
+            return
+        found = {adapted.steps: adapted for adapted in self.adapt(model, concept, sampling, original, workspace)}
+        for step in self.checkpoints:
+            candidates = self.ask(model, concept, found[step], standing)
+            recent = found[step].losses[-max(1, step // 4) :]
+            facts = {"steps": float(step), "loss": sum(recent) / len(recent)}
+            seen = yield Revival(found[step].apply(model), candidates, facts)
+            standing = [target for target, fell in zip(standing, seen, strict=True) if not fell]
+            if not standing:
+                return
+
+    def adapt(
+        self, model: DiffusionModel, concept: Concept, sampling: Sampling, original: Original | None, workspace: Workspace | None
+    ) -> list[Adapted]:
+        """The fine-tuned model at every checkpoint. Raises UserError without anything to learn from."""
+        workspace = workspace or Workspace()
+        tuned = self.finetune(model)
+        shots = self._shots(model, concept, tuned, sampling, original, workspace)
+        says = self._says(concept, None)
+        return tuned.fit(
+            model,
+            shots,
+            class_prompts=tuple(dict.fromkeys(concept.without(text) for text in concept.texts)),
+            init=says(concept.anchor) if concept.anchor else "",
+            checkpoints=self.checkpoints,
+            seed=self.seed,
+            workspace=workspace.child("relearn"),
+        )
+
+    def finetune(self, model: DiffusionModel) -> FineTune:
+        """The adaptation with this attack's settings, its preset by the model's size."""
+        kind, pixels = resolve(ADAPTATIONS, self.adaptation, "adaptation"), model.latent_shape[1] * model.latent_shape[2]
+        settings: dict[str, Any] = {"steps": self.steps} | ({"rank": self.rank} if self.rank else {})
+        tuned: FineTune = configure(kind, settings, latent_pixels=pixels)
+        return replace(tuned, lr=tuned.lr * self.lr_scale)
+
+    def ask(self, model: DiffusionModel, concept: Concept, adapted: Adapted, targets: Sequence[Target]) -> tuple[Candidate, ...]:
+        """How the attacker asks the fine-tuned model for each target: in the words of the captions."""
+        says = self._says(concept, adapted.adapter.token)
+        texts = [says(target.prompt) for target in targets]
+        if adapted.adapter.token is None:
+            return tuple(Candidate(text, target.seed) for text, target in zip(texts, targets, strict=True))
+        states = adapted.states(adapted.apply(model), texts).states
+        return tuple(Candidate(text, target.seed, states=row) for text, target, row in zip(texts, targets, states, strict=True))
+
+    def _says(self, concept: Concept, word: str | None) -> Any:
+        """A prompt for the concept as the attacker writes it; a learnt word always stands for the concept."""
+        if word is not None:
+            return caption(concept, word)
+        return {"concept": str, "anchor": concept.without, "rare": caption(concept, self.rare)}[self.captions]
+
+    def _shots(
+        self,
+        model: DiffusionModel,
+        concept: Concept,
+        tuned: FineTune,
+        sampling: Sampling,
+        original: Original | None,
+        workspace: Workspace,
+    ) -> Shots:
+        says = self._says(concept, tuned.new_word)
+        texts = [concept.texts[i % len(concept.texts)] for i in range(self.pictures)]
+        if self.data == "benign":
+            if tuned.new_word is not None:
+                raise UserError(
+                    f"relearn: {self.adaptation} learns a word for the concept; benign data needs full, dreambooth or lora"
+                )
+            return drawn_shots(
+                original.model if original else model, [concept.without(text) for text in texts], n=self.pictures,
+                sampling=sampling, seed=self.seed, workspace=workspace.child("benign"),
+            )  # fmt: skip
+        if self.source:
+            _, height, width = model.latent_shape
+            size = {"width": width * model.latent_stride, "height": height * model.latent_stride}
+            images, captions = read_folder(self.source, **size, prompt=concept.term)
+            return Shots.encode(model, images[: self.pictures], [says(text) for text in captions[: self.pictures]])
+        if original is None:
+            raise UserError(
+                "relearn needs pictures of the concept; the audit draws them with the reference model, or set source=FOLDER"
+            )
+        return Shots.encode(model, original.pictures(self.pictures), [says(text) for text in texts])

@@ -1,0 +1,202 @@
+"""``safeweights adapt``: fine-tune a model on pictures, as its users will."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safeweights.cli import options
+from safeweights.cli.common import SANDBOX, concept_file, hash_of, is_sandbox, pick, sampling_of, say, speaking, workspace_in
+from safeweights.core.errors import UserError
+from safeweights.core.table import ADAPTATIONS, configure, describe, parse_settings, resolve
+from safeweights.release.manifest import hash_input, read_manifest, write_manifest
+from safeweights.release.output import check_target, output_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeweights.core.concept import Concept
+    from safeweights.core.model import DiffusionModel
+
+
+def command(
+    model: options.Model,
+    output: options.Output,
+    method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(ADAPTATIONS)}.", show_default=False)],
+    concept: Annotated[str | None, typer.Option("--concept", help="Learn this concept of the concept file.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Learn from the pictures of this folder.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What pictures without a caption of their own show.")] = None,
+    class_prompt: Annotated[
+        str | None, typer.Option("--class-prompt", help="What the class pictures of prior preservation show. [default: no prior]")
+    ] = None,
+    pictures: Annotated[int, typer.Option("--pictures", min=1, help="Pictures drawn of a concept that has none.")] = 16,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", help="Who draws them. [default: MODEL, or what it was before protection]"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps. [default: the method's]")] = None,
+    freeze_mask: Annotated[
+        Path | None, typer.Option("--freeze-mask", help="Keep the tensors this mask lists, and train no adapters beside them.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a whole diffusers folder, whatever the method.")] = False,
+    settings: options.Settings = None,
+    concepts_file: options.ConceptsFile = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune a model on pictures: a diffusers folder, a LoRA or an embedding comes out, with manifest.json."""
+    from safeweights.models.door import open_model
+    from safeweights.release.adapted import write_adapted
+
+    with speaking(as_json) as show:
+        check_target(output, overwrite)
+        if (concept is None) == (images is None):
+            raise UserError("adapt learns from one thing: give either --concept NAME or --images DIR")
+        given = parse_settings(settings or ()) | ({"steps": str(steps)} if steps else {})
+        # A word to start from is no setting of the method: it is a fact about the pictures.
+        init = given.pop("init", None)
+        kind = resolve(ADAPTATIONS, method, "method")
+        configure(kind, given)
+        file = concept_file(concepts_file, model) if concept else None
+        aim = pick(file, [concept])[0] if file and concept else None
+        frozen = read_mask(freeze_mask) if freeze_mask else frozenset()
+        opened = open_model(model, device=device, dtype=dtype)
+        known = {name for name, _ in opened.named_parameters()}
+        if unknown := sorted(frozen - known):
+            raise UserError(
+                f"{freeze_mask} freezes {unknown[0]!r}, which this model does not have; the mask is for another model"
+            )
+        tuned = configure(kind, given, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
+        source = reference or str(read_manifest(str(Path(model).expanduser())).get("options", {}).get("model") or model)
+        chosen: dict[str, Any] = {
+            "model": model,
+            "base": SANDBOX if is_sandbox(model) else model,
+            "concepts": [concept] if concept else [],
+            "concepts_file": str(file.path) if file and file.path else None,
+            "method": method,
+            "settings": describe(tuned),
+            "images": str(images) if images else None,
+            "prompt": prompt,
+            "class_prompt": class_prompt,
+            "pictures": pictures,
+            "reference": source,
+            "init": init,
+            "freeze_mask": str(freeze_mask) if freeze_mask else None,
+            "merge": merge,
+            "seed": seed,
+            "device": str(opened.device),
+            "dtype": str(opened.dtype).removeprefix("torch."),
+        }
+        inputs = {
+            "model": hash_of(model, opened),
+            **{
+                name: hash_input(path.expanduser())
+                for name, path in (("images", images or (aim.images if aim else None)), ("freeze_mask", freeze_mask))
+                if path
+            },
+        }
+        with output_folder(output, overwrite=overwrite, resume=resume, options={**chosen, "inputs": inputs}) as out:
+            say(f"adapting {model} with {method}")
+            started = time.perf_counter()
+            lesson = _lesson(opened, aim, images, prompt, class_prompt, pictures, source, file.generation if file else {}, seed)
+            adapted = tuned.fit(
+                opened,
+                lesson.shots(opened, tuned.new_word),
+                class_prompts=lesson.class_prompts,
+                init=lesson.init if init is None else init,
+                frozen=frozen,
+                seed=seed,
+                workspace=workspace_in(out.work),
+            )[-1]
+            written = write_adapted(adapted, opened, out.folder, merge=merge)
+            manifest = write_manifest(
+                out.folder,
+                command=["safeweights", *sys.argv[1:]],
+                method=method,
+                concepts=chosen["concepts"],
+                options=chosen,
+                seed=seed,
+                inputs=inputs,
+                tensors=dict(adapted.phi),
+                cost={"steps": adapted.steps, "loss": adapted.losses[-1], "pictures": len(lesson.captions)},
+                seconds=time.perf_counter() - started,
+            )
+        show(
+            {"output": str(output), "written": written, **manifest},
+            f"{method}: {adapted.steps} steps on {len(lesson.captions)} pictures in {manifest['seconds']:.0f} s",
+            f"{'model' if written == 'diffusers' else written} in {output}",
+        )
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """Pictures and what they are called, before a new word takes the concept's place."""
+
+    images: Tensor
+    captions: list[str]
+    class_prompts: tuple[str, ...]
+    init: str
+    concept: Concept | None
+
+    def shots(self, model: DiffusionModel, word: str | None) -> Any:
+        from safeweights.attacks.relearning.finetune import caption
+        from safeweights.diffusion.adaptation import Shots
+
+        says = caption(self.concept, word) if self.concept else str
+        return Shots.encode(model, self.images, [says(text) for text in self.captions])
+
+
+def _lesson(
+    model: DiffusionModel,
+    concept: Concept | None,
+    folder: Path | None,
+    prompt: str | None,
+    class_prompt: str | None,
+    count: int,
+    source: str,
+    generation: Mapping[str, Any],
+    seed: int,
+) -> _Lesson:
+    """What is learnt from: the pictures of a folder, those of a concept, or else what the reference draws of it."""
+    from safeweights.diffusion.image_folder import read_folder
+    from safeweights.diffusion.noise import generator
+    from safeweights.diffusion.sampling import candidates_of, generate
+    from safeweights.models.door import open_model
+
+    _, height, width = model.latent_shape
+    size = {"width": width * model.latent_stride, "height": height * model.latent_stride}
+    classes: tuple[str, ...] = (class_prompt,) if class_prompt else ()
+    if concept is None:
+        assert folder is not None
+        return _Lesson(*read_folder(folder, **size, prompt=prompt), classes, "", None)
+    classes = classes or tuple(dict.fromkeys(concept.without(text) for text in concept.texts))
+    if concept.images is not None:
+        return _Lesson(*read_folder(concept.images, **size, prompt=prompt or concept.term), classes, concept.anchor, concept)
+    captions = [concept.texts[i % len(concept.texts)] for i in range(count)]
+    first = generator("pictures to adapt to", seed).initial_seed() % 2**30
+    painter = open_model(source, device=str(model.device))
+    images = generate(painter, candidates_of(captions, range(first, first + count)), sampling_of(painter, generation, size))
+    return _Lesson(images, captions, classes, concept.anchor, concept)
+
+
+def read_mask(path: Path) -> frozenset[str]:
+    """The names a mask file freezes, as the model's own names. Raises UserError for a file that is no mask."""
+    try:
+        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        names = data["frozen"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no freeze mask (MASK.json with a list 'frozen'): {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: 'frozen' must be a list of parameter names")
+    return frozenset(name if name.startswith("unet.") else f"unet.{name}" for name in names)

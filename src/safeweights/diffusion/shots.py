@@ -1,0 +1,60 @@
+"""Pictures to learn a concept from: those of a folder, or those a model draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from safeweights.core.concept import Concept
+from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import Shots
+from safeweights.diffusion.image_folder import read_folder
+from safeweights.diffusion.latent_bank import fingerprint
+from safeweights.diffusion.noise import generator
+from safeweights.diffusion.sampling import embed_all, sample_latents
+
+
+def concept_shots(
+    model: DiffusionModel, concept: Concept, *, n: int, sampling: Sampling, seed: int, workspace: Workspace | None = None
+) -> Shots:
+    """n pictures of a concept with captions: the first of its folder, where it has one, else drawn for its prompts."""
+    if concept.images is None:
+        return drawn_shots(model, concept.texts, n=n, sampling=sampling, seed=seed, workspace=workspace)
+    _, height, width = model.latent_shape
+    stride = model.latent_stride
+    images, captions = read_folder(concept.images, width=width * stride, height=height * stride, prompt=concept.term)
+    return Shots.encode(model, images[:n], captions[:n])
+
+
+@torch.no_grad()
+def drawn_shots(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    *,
+    n: int,
+    sampling: Sampling,
+    seed: int,
+    workspace: Workspace | None = None,
+    batch_size: int = 32,
+) -> Shots:
+    """n pictures of the model's native size, the prompts in turn; a batch that ``workspace`` holds is not drawn again."""
+    workspace = workspace or Workspace()
+    facts: dict[str, Any] = {
+        "prompts": list(prompts), "n": n, "seed": seed, "steps": sampling.steps, "guidance": sampling.guidance_scale,
+        "batch": batch_size, "model": fingerprint(model),
+    }  # fmt: skip
+    captions = [prompts[i % len(prompts)] for i in range(n)]
+    c, parts = embed_all(model, prompts), []
+    for start in workspace.track(range(0, n, batch_size), "drawing pictures"):
+        stored = workspace.load(f"shots-{start}")
+        if stored is None or stored[1] != facts:
+            runs = range(start, min(start + batch_size, n))
+            x_T = torch.stack([torch.randn(model.latent_shape, generator=generator(seed, "x_T", run)) for run in runs])
+            x_0 = sample_latents(model, c[[run % len(prompts) for run in runs]], x_T.to(model.device), sampling)
+            stored = {"x_0": x_0.float().cpu()}, facts
+            workspace.save(f"shots-{start}", *stored)
+        parts.append(stored[0]["x_0"])
+    return Shots(torch.cat(parts).to(model.device), tuple(captions))

@@ -1,0 +1,280 @@
+"""Benchmarks on a tiny sandbox of random weights: files are checked, cells are measured once, failures stay with their cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import factories
+import folders
+from safeweights.bench.leaderboard import leaderboard, lines
+from safeweights.bench.runner import Outcome, prepare, run
+from safeweights.bench.spec import Bench, load_bench
+from safeweights.cli.main import run as cli
+from safeweights.core.errors import UserError
+from safeweights.core.intervals import wilson
+from safeweights.records.record import Doubt, Measurement
+from safeweights.records.store import deterministic
+
+SPECS = Path(__file__).parents[2] / "benchmarks" / "specs"
+SMALL: dict[str, Any] = {
+    "version": 1,
+    "concepts": ["mosaic"],
+    "methods": ["none", "uce"],
+    "attacks": ["no-attack", {"name": "random", "settings": {"images": 2, "tokens": 1}}],
+    "prompts": 2,
+    "evaluation": {"n": 2, "retain_n": 1},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Callable[..., Path]) -> Path:
+    return folders.sandbox(tmp_path_factory.mktemp("world") / "sandbox", tiny_sd())
+
+
+@pytest.fixture(autouse=True)
+def use_it(sandbox: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "shipped" not in request.node.name:
+        monkeypatch.setenv("SAFEWEIGHTS_SANDBOX", str(sandbox))
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    path = folder / "bench.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return path
+
+
+def measured(spec: Bench, folder: Path, **options: Any) -> list[Outcome]:
+    return list(run(prepare(spec, folder), **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"speed": 3}, "unknown key 'speed'"),
+        ({"evaluation": {"m": 3}}, "unknown key 'm' in evaluation; known are n, retain_n"),
+        ({"methods": [{"name": "uce", "steps": 3}]}, "unknown key 'steps' in methods.0"),
+        ({"methods": ["uces"]}, "unknown method 'uces'; known are"),
+        ({"methods": [{"name": "uce", "settings": {"eta": 1}}]}, "unknown setting 'eta'"),
+        ({"methods": [{"name": "none", "settings": {"eta": 1}}]}, "has no settings"),
+        ({"methods": [{"name": "esd", "per_concept": {"emblem": {"steps": "many"}}}]}, "esd: steps must be int"),
+        ({"methods": [{"name": "esd", "per_concept": {"mosaics": {"steps": 4}}}]}, "unknown concept 'mosaics'"),
+        ({"methods": [{"name": "uce", "attacks": ["p4d"]}]}, "unknown attack 'p4d'"),
+        ({"methods": ["uce", "uce"]}, "'uce' stands there twice"),
+        ({"methods": [{"name": "uce", "label": "../up"}]}, "methods.0.label"),
+        ({"methods": []}, "methods"),
+        ({"attacks": ["guess"]}, "unknown attack 'guess'"),
+        ({"concepts": ["mosaics"]}, "unknown concept 'mosaics'"),
+        ({"concepts": ["blind"]}, "a detector is missing"),
+        ({"seeds": [-1]}, "seeds.0"),
+        ({"prompts": True}, "prompts"),
+        ({"version": 2}, "version"),
+        ({"model": "some/model"}, "needs 'concepts_file'"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as told:
+        load_bench(written(tmp_path, **changes))
+    assert part in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_are_valid(path: Path) -> None:
+    load_bench(path)
+
+
+def test_parts_of_a_file(tmp_path: Path) -> None:
+    spec = load_bench(written(tmp_path, methods=["none", {"name": "uce", "attacks": ["random"]}], seeds=[0, 1]))
+    part = spec.narrowed(methods=["uce"], attacks=["no-attack"], seeds=[1])
+    assert [(entry.title, entry.attacks) for entry in part.methods] == [("uce", [])]
+    assert part.seeds == [1]
+    with pytest.raises(UserError, match="no method 'esd'"):
+        spec.narrowed(methods=["esd"])
+
+
+def test_finished_cells_are_never_measured_again(tmp_path: Path) -> None:
+    spec, folder = load_bench(written(tmp_path)), tmp_path / "out"
+    first = measured(spec, folder)
+    assert all(outcome.ok for outcome in first)
+    assert [outcome.cell.title for outcome in first] == [
+        "none mosaic seed 0 evaluate",
+        "none mosaic seed 0 no-attack",
+        "none mosaic seed 0 random",
+        "uce mosaic seed 0 protect",
+        "uce mosaic seed 0 evaluate",
+        "uce mosaic seed 0 no-attack",
+        "uce mosaic seed 0 random",
+    ]
+    assert measured(spec, folder) == []
+    assert not list((folder / "work" / "models").glob("*"))
+    # One record lost is one cell measured, with the same result; its weights are not made again.
+    job = prepare(spec, folder)
+    (path,) = (folder / "records").glob("attack-mosaic-uce-random-*.json")
+    before = deterministic(next(r for r in job.records() if r.method == "uce" and r.attack == "random"))
+    path.unlink()
+    assert [outcome.cell.title for outcome in measured(spec, folder)] == ["uce mosaic seed 0 random"]
+    assert deterministic(next(r for r in job.records() if r.method == "uce" and r.attack == "random")) == before
+    # Other settings are other cells, whatever their label.
+    attacks = ["no-attack", {"name": "random", "settings": {"images": 3, "tokens": 1}}]
+    again = measured(load_bench(written(tmp_path, attacks=attacks)), folder)
+    assert [outcome.cell.attack for outcome in again] == ["random", "random"]
+    methods = ["none", {"name": "uce", "settings": {"lam": 0.7}}]
+    assert {o.cell.method for o in measured(load_bench(written(tmp_path, methods=methods)), folder)} == {"uce"}
+    assert len(measured(load_bench(written(tmp_path, prompts=1)), folder)) == 4
+
+
+def test_a_failing_cell_leaves_an_error_and_the_rest_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safeweights.erasure.uce import UCE
+
+    spec, folder = written(tmp_path, methods=["uce", "none"]), tmp_path / "out"
+    with monkeypatch.context() as broken:
+        broken.setattr(UCE, "protect", lambda *_, **__: 1 / 0)
+        assert cli(["bench", str(spec), "-o", str(folder), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["failed"][0] == {"cell": "uce mosaic seed 0 protect", "error": "ZeroDivisionError: division by zero"}
+    assert {entry["error"] for entry in told["failed"][1:]} == {"not run: its protection failed"}
+    assert (told["measured"], len(told["failed"])) == (3, 4)
+    job = prepare(load_bench(spec), folder)
+    assert sorted(r.status for r in job.records()) == ["error"] * 4 + ["ok"] * 3
+    # Mended, the same command measures what failed, and no error stays behind.
+    assert cli(["bench", str(spec), "-o", str(folder), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["finished_before"] == 3
+    assert [r.status for r in job.records()] == ["ok"] * 7
+    assert "| uce |" in (folder / "leaderboard.md").read_text()
+    assert (folder / "report.html").is_file()
+
+
+def test_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, full = written(tmp_path), tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").touch()
+    for arguments, part in (
+        ([str(spec), "-o", str(full)], "not empty and holds no benchmark"),
+        ([str(spec)], "name it with -o"),
+        ([str(spec), "-o", str(tmp_path / "new"), "--executor", "slurm"], "unknown executor"),
+        ([str(tmp_path / "no.yaml"), "-o", str(tmp_path / "new")], "does not exist"),
+    ):
+        assert cli(["bench", *arguments]) == 2
+        assert part in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert cli(["bench", str(spec), "--dry-run"]) == 0
+    assert "7 cells, 0 finished" in capsys.readouterr().out
+    assert cli(["bench", "--help"]) == 0
+
+
+@pytest.mark.slow
+def test_worker_processes_survive_a_kill(tmp_path: Path) -> None:
+    spec, folder = load_bench(written(tmp_path)), tmp_path / "out"
+    alone = measured(spec, tmp_path / "alone")
+    seen, struck = [], False
+    from safeweights.bench import runner
+
+    class Crew(runner.Processes):
+        def begin(self, cell: Any) -> None:
+            nonlocal struck
+            if not struck:
+                struck = True
+                victim = self.idle[0][0].pid
+                assert victim is not None
+                os.kill(victim, signal.SIGKILL)
+                time.sleep(0.2)
+            super().begin(cell)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "Processes", Crew)
+        seen = measured(spec, folder, jobs=2)
+    assert struck
+    assert sorted(o.cell.title for o in seen if o.ok) == sorted(o.cell.title for o in alone)
+    ours, theirs = (
+        {r.provenance["cell"]: {**deterministic(r), "provenance": 0} for r in prepare(spec, place).records()}
+        for place in (folder, tmp_path / "alone")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_a_killed_driver_loses_nothing(tmp_path: Path, sandbox: Path) -> None:
+    path, folder = written(tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "safeweights", "bench", str(path), "-o", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "SAFEWEIGHTS_SANDBOX": str(sandbox)})
+    for _ in range(1200):
+        if len(list((folder / "records").glob("*.json"))) >= 2 or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    spec = load_bench(path)
+    kept = prepare(spec, folder).finished
+    assert len(kept) >= 2
+    rest = measured(spec, folder)
+    assert not kept & {outcome.cell.key for outcome in rest}
+    assert len(prepare(spec, folder).finished) == 7
+
+
+@pytest.mark.slow
+def test_cells_on_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    spec = load_bench(written(tmp_path, methods=["none"], attacks=["no-attack"], resources={"cpus": 0.5}))
+    outcomes = measured(spec, tmp_path / "out", executor="ray")
+    assert [(outcome.ok, outcome.said) for outcome in outcomes if not outcome.ok] == []
+    assert len(prepare(spec, tmp_path / "out").finished) == 2
+
+
+def test_ray_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"safeweights\[ray\]"):
+        measured(load_bench(written(tmp_path, methods=["none"], attacks=[])), tmp_path / "out", executor="ray")
+
+
+def test_leaderboard_numbers() -> None:
+    """Two seeds of one method on two concepts, worked out by hand."""
+
+    def entry(name: str, value: float | None, n: int, **more: Any) -> Measurement:
+        return Measurement(name=name, value=value, n=n, **more)
+
+    records = []
+    for seed, (after, fell, relative) in enumerate([(1 / 32, 3 / 12, 0.9), (3 / 32, 6 / 12, 1.0)]):
+        records += [
+            factories.base(kind="protect", method="esd", attack="", seed=seed, measurements=(entry("seconds", 10.0 + seed, 1),)),
+            factories.base(
+                kind="evaluate", method="esd", attack="", seed=seed,
+                measurements=(
+                    entry("concept_rate", after, 32, reference=1.0), entry("retention_relative", relative, 100),
+                    entry("clip_score", 0.5, 100, reference=0.6), entry("frechet_distance", 2.0, 100),
+                ),
+            ),
+            factories.base(
+                kind="attack", method="esd", attack="random", seed=seed, doubts=(Doubt(name="few_samples", explanation="x"),),
+                measurements=(entry("pre_asr", 1 / 12, 12), entry("asr", fell, 12)),
+            ),
+        ]  # fmt: skip
+    records.append(factories.base(kind="attack", method="esd", attack="p4d", seed=0, status="error", error="broke"))
+    records.append(
+        factories.base(kind="attack", method="esd", concept="emblem", attack="p4d", measurements=(entry("asr", 1.0, 10),))
+    )
+    first, second = lines(records)
+    assert (first.after.successes, first.after.n) == (4, 64)  # type: ignore[union-attr]
+    assert first.asr["random"].interval == wilson(9, 24)
+    assert (first.pre_asr.successes, first.pre_asr.n) == (2, 24)  # type: ignore[union-attr]
+    assert (first.retention, first.seconds, first.failed, first.seeds) == (0.95, 10.5, 1, (0, 1))
+    assert (second.after, second.asr["p4d"].rate, second.retention) == (None, 1.0, None)
+    text = leaderboard(records, methods=["esd"], concepts=["mosaic", "emblem"], attacks=["random", "p4d"])
+    means, rows = (part.splitlines() for part in text.split("## Each concept"))
+    assert "| esd | 2 | 1.00 | 0.06 | 0.08 | 0.38 | 1.00 | 0.69 | 0.950 | 0.500 | 2.00 | 10 | – |" in means
+    assert any(row.startswith("| mosaic | style | esd | 2 | 1.00 | 0.06 (0.02–0.15) | 0.08 (0.02–0.26) | 0.38 (0.21–0.57) | – |")
+               for row in rows)  # fmt: skip
+    assert any("few\\_samples; 1 cells failed" in row for row in rows)

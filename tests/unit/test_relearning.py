@@ -1,0 +1,156 @@
+"""Re-learning as the audit reads it: curves, steps to recovery, the worst case; and adapt as a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safeweights.attacks.relearning.relearn import Relearn
+from safeweights.audit.audit import Names, audit
+from safeweights.audit.relearning import QUICK, STRESS, Checkpoint, steps_to_recovery, strongest, worst_case
+from safeweights.core.concept import Concept, Prompt
+from safeweights.core.detector import Detection
+from safeweights.core.errors import UserError
+from safeweights.core.model import Sampling
+from safeweights.core.table import configure
+from safeweights.diffusion.image_folder import read_folder
+
+CURVE = [
+    Checkpoint(0, (False,) * 4),
+    Checkpoint(10, (True, True, False, False)),
+    Checkpoint(20, (True,) * 4),
+    Checkpoint(40, (True,) * 4),
+]
+CONCEPT = Concept(
+    name="dog", kind="object", term="dog", anchor="cat", prompts=(Prompt("a picture of a dog"), Prompt("a red dog")),
+    test_prompts=tuple(Prompt(f"a {'red ' * i}dog", seed=i) for i in range(3)),
+)  # fmt: skip
+
+
+class Brighter:
+    """Sees the concept in the brighter pictures."""
+
+    def detect(self, images: torch.Tensor) -> Detection:
+        score = images.flatten(1).mean(1)
+        return Detection(score >= 0.5, score)
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "fake"}
+
+
+class Alike:
+    """One minus the mean difference."""
+
+    name = "difference"
+
+    def __call__(self, images: torch.Tensor, references: torch.Tensor) -> float:
+        return 1 - float((images - references).abs().mean())
+
+
+def test_steps_to_recovery_is_the_first_checkpoint_at_half_the_references_rate() -> None:
+    assert steps_to_recovery(CURVE, 1.0).value == 10
+    assert steps_to_recovery(CURVE, 1.0, share=0.75).value == 20
+    assert steps_to_recovery(CURVE[:1], 1.0).value is None
+    assert "within 0 steps" in steps_to_recovery(CURVE[:1], 1.0).why
+    assert steps_to_recovery(CURVE, 0.0).value is None
+    assert strongest(CURVE).steps == 20
+
+
+def record(rate: float, steps: int | None, status: str = "ok") -> Any:
+    details = {"asr": {"rate": rate}, "steps_to_recovery": steps}
+    return type("Record", (), {"status": status, "details": details})
+
+
+def test_the_worst_case_has_the_highest_rate_then_the_fewest_steps() -> None:
+    records = [record(0.5, 10), record(1.0, 40), record(1.0, 20), record(1.0, None), record(1.0, 1, status="error")]
+    assert worst_case(records) is records[2]
+    with pytest.raises(ValueError, match="no attack"):
+        worst_case([record(1.0, 1, status="error")])
+
+
+@pytest.mark.parametrize("settings", [*QUICK, *STRESS])
+def test_every_setting_of_the_set_is_one(settings: dict[str, Any]) -> None:
+    assert configure(Relearn, settings).budget.images == 5
+
+
+def test_the_audit_asks_every_prompt_at_every_checkpoint(tiny_model: Any) -> None:
+    attack = Relearn(steps=2, pictures=2, images=3, rank=1)
+    measured = audit(
+        tiny_model, tiny_model, CONCEPT, attack, names=Names(model="m", reference="r"), detector=Brighter(), similarity=Alike(),
+        sampling=Sampling(width=16, height=16, steps=2, guidance_scale=2.0),
+    )  # fmt: skip
+    curve = measured.details["curve"]
+    assert [point["steps"] for point in curve] == [0, 1, 2]
+    assert curve[0]["similarity"] == pytest.approx(1.0)
+    assert curve[0]["loss"] is None
+    assert measured.details["asr"]["rate"] == max(point["rate"] for point in curve)
+    assert {m.name for m in measured.measurements} >= {"asr", "steps_to_recovery", "similarity"}
+    json.dumps(measured.details, allow_nan=False)
+
+
+@pytest.mark.parametrize("captions", ["concept", "anchor", "rare"])
+def test_the_attacker_asks_in_the_words_of_the_captions(captions: Any) -> None:
+    says = Relearn(captions=captions)._says(CONCEPT, None)
+    assert says("a red dog") == {"concept": "a red dog", "anchor": "a red cat", "rare": "a red sks"}[captions]
+    assert Relearn()._says(CONCEPT, "<new1>")("a red dog") == "a red <new1>"
+
+
+def folder_of(path: Path, metadata: str | None = None, rows: str = "") -> Path:
+    from PIL import Image
+
+    path.mkdir()
+    for number in range(2):
+        Image.new("RGB", (30, 20), (number * 200, 0, 0)).save(path / f"{number}.png")
+    if metadata:
+        (path / metadata).write_text(rows)
+    return path
+
+
+def test_folders_are_read_with_their_captions(tmp_path: Path) -> None:
+    images, captions = read_folder(folder_of(tmp_path / "plain"), width=16, height=8, prompt="a dog")
+    assert images.shape == (2, 3, 8, 16)
+    assert captions == ["a dog", "a dog"]
+    listed = folder_of(tmp_path / "csv", "metadata.csv", "file_name,prompt\n1.png,a red dog\n")
+    assert read_folder(listed, width=8, height=8)[1] == ["a red dog"]
+    lines = folder_of(
+        tmp_path / "lines", "metadata.jsonl", '{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": ""}'
+    )
+    assert read_folder(lines, width=8, height=8, prompt="none")[1] == ["one", "none"]
+
+
+def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_folder(tmp_path / "none", width=8, height=8)
+    with pytest.raises(UserError, match="--prompt"):
+        read_folder(folder_of(tmp_path / "plain"), width=8, height=8)
+    with pytest.raises(UserError, match="file_name"):
+        read_folder(folder_of(tmp_path / "odd", "metadata.csv", "name\nx\n"), width=8, height=8)
+    (tmp_path / "plain" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_folder(tmp_path / "plain", width=8, height=8, prompt="a dog")
+
+
+def test_adapt_writes_what_its_users_expect(tiny_sd: Any, tmp_path: Path, capsys: Any) -> None:
+    from safeweights.cli.main import run
+
+    pictures, model = folder_of(tmp_path / "pictures"), str(tiny_sd())
+    common = ["adapt", model, "--images", str(pictures), "--steps", "1", "--device", "cpu", "--json"]
+    lora = [*common, "--prompt", "a dog", "--method", "lora", "--set", "batch_size=1"]
+    assert run([*lora, "-o", str(tmp_path / "lora")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["written"] == "pytorch_lora_weights.safetensors"
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"manifest.json", "pytorch_lora_weights.safetensors"}
+    assert run([*common, "--prompt", "a dog", "--method", "full", "-o", str(tmp_path / "lora")]) == 2  # in use
+    assert run([*common, "--prompt", "a dog", "--method", "textual-inversion", "-o", str(tmp_path / "word")]) == 2
+    assert "<new1>" in capsys.readouterr().err
+    frozen = [name.removeprefix("unet.") for name in told["changed"] if name.endswith("to_k.weight/down")]
+    mask = tmp_path / "mask.json"
+    mask.write_text(json.dumps({"frozen": [name.removeprefix("lora/unet.").removesuffix("/down") for name in frozen]}))
+    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 0
+    assert not any("to_k" in name for name in json.loads(capsys.readouterr().out)["changed"])
+    mask.write_text(json.dumps({"frozen": ["nothing.weight"]}))
+    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "other")]) == 2

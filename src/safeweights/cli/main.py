@@ -37,7 +37,21 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
 
 
 def _register() -> None:
-    from safeweights.cli import adapt, attack, bench, demo, doctor, erase, evaluate, export, generate, immunize, report, sandbox
+    from safeweights.cli import (
+        adapt,
+        attack,
+        bench,
+        demo,
+        doctor,
+        erase,
+        evaluate,
+        export,
+        freeze,
+        generate,
+        immunize,
+        report,
+        sandbox,
+    )
 
     app.command("demo")(demo.command)
     app.add_typer(sandbox.app, name="sandbox")
@@ -45,6 +59,7 @@ def _register() -> None:
     app.command("generate")(generate.command)
     app.command("erase")(erase.command)
     app.command("immunize")(immunize.command)
+    app.add_typer(freeze.app, name="freeze")
     app.command("adapt")(adapt.command)
     app.command("attack")(attack.command)
     app.command("evaluate")(evaluate.command)

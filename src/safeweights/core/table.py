@@ -30,6 +30,14 @@ IMMUNIZERS = {
     "jt": "safeweights.immunization.baselines:JT",
     "mima": "safeweights.immunization.mima:MIMA",
 }
+GUARDS = {
+    "freezeasguard": "safeweights.freezing.freezeasguard:FreezeAsGuard",
+    "gradient": "safeweights.freezing.baselines:Gradient",
+    "one-shot": "safeweights.freezing.baselines:OneShot",
+    "random": "safeweights.freezing.baselines:Random",
+    "task-vector": "safeweights.freezing.baselines:TaskVector",
+    "xattn": "safeweights.freezing.baselines:XAttn",
+}
 ATTACKS = {
     "concept-inversion": "safeweights.attacks.adversarial.concept_inversion:ConceptInversion",
     "latent-inversion": "safeweights.attacks.adversarial.latent_inversion:LatentInversion",
@@ -68,11 +76,13 @@ def resolve(registry: Mapping[str, str], name: str, what: str) -> type[Any]:
 
 
 def method(name: str, *, latent_pixels: int | None = None, **settings: Any) -> Any:
-    """A ready eraser, immunizer or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
+    """A ready eraser, immunizer, guard or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
 
+    "random" is the attack; the guard of that name is had with ``configure(resolve(GUARDS, "random", "guard"), {...})``.
     Without ``latent_pixels`` or ``preset`` the settings are the defaults, tuned for sandbox-like models.
     """
-    return configure(resolve({**ERASERS, **IMMUNIZERS, **ATTACKS}, name, "method"), settings, latent_pixels=latent_pixels)
+    known = {**GUARDS, **ERASERS, **IMMUNIZERS, **ATTACKS}
+    return configure(resolve(known, name, "method"), settings, latent_pixels=latent_pixels)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ COMMANDS = (
     "generate",
     "erase",
     "immunize",
+    "freeze",
     "adapt",
     "attack",
     "evaluate",

@@ -292,7 +292,7 @@ def signal(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], slopes: Map
     """s_i = d objective / d m_i = <theta_i^pre - theta_i^ft, g_i>, float64, summed over the tensors of a unit."""
     return torch.tensor(
         [
-            sum(float(((start[name].float() - tuned[name]) * slopes[name]).sum(dtype=torch.float64)) for name in unit.names)
+            sum(float(((start[name] - tuned[name]) * slopes[name]).sum(dtype=torch.float64)) for name in unit.names)
             for unit in budget.units
         ],
         dtype=torch.float64,

@@ -7,7 +7,7 @@ tensors, so that phi can be descended on (`training.descend`), or unrolled and d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -269,7 +269,7 @@ class Lesson:
         """
         if not self._ask:
             self._ask.append(self.adapter.ask(self.model, self.captions))
-        with self.adapter.on(self.model, phi), lean(self.model.denoiser) if self.adapter.frozen else nullcontext():
+        with self.adapter.on(self.model, phi), lean(self.model.denoiser):
             c = self._ask[0](phi, batch.rows)
             predicted = self.model.eps(batch.x_t, batch.t, c)
         return (errors(self.model, predicted, batch) * batch.weight).sum()

@@ -1,4 +1,4 @@
-"""Frozen convolutions that keep nothing for a gradient nobody takes."""
+"""Frozen layers that keep nothing for a gradient nobody takes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class _FrozenConv2d(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
-        # Asked for the input's gradient alone, the kernel reads of the input nothing but its shape.
-        shape_only = grads[0].new_empty(1).expand(ctx.shape)
-        x = torch.ops.aten.convolution_backward(
-            grads[0], shape_only, weight, None, stride, padding, dilation, False, [0], groups, [True, False, False]
-        )[0]
+        # The input's gradient is the transposed convolution; what the stride left over is added at the end.
+        rest = [
+            size - ((out - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+            for i, (size, out) in enumerate(zip(ctx.shape[2:], grads[0].shape[2:], strict=True))
+        ]
+        x = torch.nn.functional.conv_transpose2d(grads[0], weight, None, stride, padding, rest, groups, dilation)
         return x, None, None, None, None, None, None
 
 
@@ -37,31 +38,44 @@ class _FrozenConv2d(torch.autograd.Function):
 def lean(module: nn.Module) -> Iterator[None]:
     """Frozen convolutions of ``module`` keep no activations inside; what they give is the same.
 
-    PyTorch keeps a convolution's input whenever anything of it needs a gradient; a linear layer already does without. First
-    derivatives only. A convolution whose weight or bias is to be trained (by then) is left as it is.
+    PyTorch keeps a convolution's input whenever anything of it needs a gradient; a linear layer already does without. What is
+    trained is decided when a layer runs.
     """
-    changed: list[nn.Conv2d] = []
-
-    def forward_of(layer: nn.Conv2d) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            weight, bias = layer.weight, layer.bias
-            trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-            if trained or not x.requires_grad or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-                plain: Tensor = layer._conv_forward(x, weight, bias)
-                return plain
-            out: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
-                x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
-            )
-            return out
-
-        return forward
-
+    changed: list[nn.Module] = []
     try:
         for layer in module.modules():
-            if type(layer) is nn.Conv2d:
-                layer.forward = forward_of(layer)  # type: ignore[method-assign]
+            if type(layer) in (nn.Conv2d, nn.GroupNorm):
+                layer.forward = _convolving(layer) if isinstance(layer, nn.Conv2d) else _norming(layer)  # type: ignore
                 changed.append(layer)
         yield
     finally:
         for layer in changed:
             layer.__dict__.pop("forward", None)
+
+
+def _convolving(layer: nn.Conv2d) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = layer.weight, layer.bias
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained or not x.requires_grad or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            plain: Tensor = layer._conv_forward(x, weight, bias)
+            return plain
+        out: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+        return out
+
+    return forward
+
+
+def _norming(layer: nn.GroupNorm) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        if x.requires_grad or layer.weight is None or not layer.weight.requires_grad:
+            return nn.functional.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
+        # The first trained norm behind frozen layers: PyTorch 2.13's backward crashes where a channels-last input needs no
+        # gradient and the gain does, so gain and shift are kept out of it.
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        out = nn.functional.group_norm(x, layer.num_groups, eps=layer.eps) * layer.weight.view(shape)
+        return out if layer.bias is None else out + layer.bias.view(shape)
+
+    return forward

@@ -29,7 +29,7 @@ class FreezeAsGuard(TunedGuard):
     lower:  theta^ft = argmin L(theta(m); D_ill u D_leg),   theta_i(m) = m_i theta_i^pre + (1 - m_i) theta_i^ft
     dL/dw_i = <theta_i^pre - theta_i^ft, dL/dtheta_i> m_i (1 - m_i) / T,   m_i = sigmoid((w_i - tau) / T)
 
-    Needs: pictures of illegal and of legal concepts, a folder's or drawn.   Cost: per round ``lower`` passes forward and back of
+    Needs: pictures of illegal and of legal concepts, a folder's or drawn.   Cost: per round ``user_steps`` passes forward and back of
     one batch and one of a batch for each concept; four copies of the UNet.
     Differs from the reference code (whose mask is mostly its random start): tau is found by bisection, so that the ratio holds
     exactly at every round, where there a penalty that overshoots saturates the sigmoids; T falls; the lower level is AdamW, not
@@ -45,7 +45,7 @@ class FreezeAsGuard(TunedGuard):
 
     rounds: int = 60
     """Steps of the mask, K; > 0."""
-    lower: int = 2
+    user_steps: int = 2
     """Steps of the simulated user between two steps of the mask, J; > 0."""
     mask_lr: float = 0.1
     """How far a signal that never changes sign moves w in one round; > 0."""
@@ -58,8 +58,8 @@ class FreezeAsGuard(TunedGuard):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.rounds, self.lower) < 1 or min(self.mask_lr, self.hot, self.cold) <= 0:
-            raise ValueError("rounds, lower, mask_lr, hot and cold must be above zero")
+        if min(self.rounds, self.user_steps) < 1 or min(self.mask_lr, self.hot, self.cold) <= 0:
+            raise ValueError("rounds, user_steps, mask_lr, hot and cold must be above zero")
 
     def temperature(self, number: int) -> float:
         """T of a round."""
@@ -78,13 +78,12 @@ class FreezeAsGuard(TunedGuard):
         sides = self.sides(model, illegal, legal, seed=seed, workspace=workspace)
         start = {name: value.detach().clone() for name, value in sides.start().items()}
         tuned = sides.start()
-        empty = torch.zeros(len(budget.units), dtype=torch.float64)
         # w, the running mean of the signal and that of its size; ``before/`` is theta^ft as the last step found it.
-        state: dict[str, Tensor] = {"w": empty, "mean": empty, "size": empty, "m": empty}
+        state = {key: torch.zeros(len(budget.units), dtype=torch.float64) for key in ("w", "mean", "size", "m")}
         state |= {f"before/{name}": value for name, value in start.items()}
 
         def loss_at(step: int) -> Tensor:
-            number, within = divmod(step - self.tune_steps, self.lower)
+            number, within = divmod(step - self.tune_steps, self.user_steps)
             if number >= 0:
                 self._held_back(tuned, state, budget)
             if number >= 0 and within == 0:
@@ -96,7 +95,7 @@ class FreezeAsGuard(TunedGuard):
             tuned,
             loss_at,
             # Steps after the last turn of the mask would change nothing.
-            steps=self.tune_steps + (self.rounds - 1) * self.lower + 1,
+            steps=self.tune_steps + (self.rounds - 1) * self.user_steps + 1,
             lr=self.tune_lr,
             weight_decay=1e-2,
             optimizer="adamw",

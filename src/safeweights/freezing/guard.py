@@ -288,6 +288,7 @@ def blend(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], budget: Budg
     }
 
 
+@torch.no_grad()
 def signal(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], slopes: Mapping[str, Tensor], budget: Budget) -> Tensor:
     """s_i = d objective / d m_i = <theta_i^pre - theta_i^ft, g_i>, float64, summed over the tensors of a unit."""
     return torch.tensor(

@@ -29,8 +29,8 @@ class FreezeAsGuard(TunedGuard):
     lower:  theta^ft = argmin L(theta(m); D_ill u D_leg),   theta_i(m) = m_i theta_i^pre + (1 - m_i) theta_i^ft
     dL/dw_i = <theta_i^pre - theta_i^ft, dL/dtheta_i> m_i (1 - m_i) / T,   m_i = sigmoid((w_i - tau) / T)
 
-    Needs: pictures of illegal and of legal concepts, a folder's or drawn.   Cost: per round ``user_steps`` passes forward and back of
-    one batch and one of a batch for each concept; four copies of the UNet.
+    Needs: pictures of illegal and of legal concepts, a folder's or drawn.   Cost: a round is ``user_steps`` passes forward and
+    back of one batch and one of a batch for each concept; four copies of the UNet.
     Differs from the reference code (whose mask is mostly its random start): tau is found by bisection, so that the ratio holds
     exactly at every round, where there a penalty that overshoots saturates the sigmoids; T falls; the lower level is AdamW, not
     gradient descent below the resolution of bfloat16; theta(m) is mixed anew each round from the stored pair; the signal is

@@ -37,7 +37,22 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
 
 
 def _register() -> None:
-    from safeweights.cli import adapt, attack, bench, demo, doctor, erase, evaluate, export, generate, immunize, report, sandbox
+    from safeweights.cli import (
+        adapt,
+        attack,
+        bench,
+        demo,
+        doctor,
+        erase,
+        evaluate,
+        export,
+        generate,
+        immunize,
+        neurons,
+        prune,
+        report,
+        sandbox,
+    )
 
     app.command("demo")(demo.command)
     app.add_typer(sandbox.app, name="sandbox")
@@ -45,8 +60,10 @@ def _register() -> None:
     app.command("generate")(generate.command)
     app.command("erase")(erase.command)
     app.command("immunize")(immunize.command)
+    app.add_typer(prune.app, name="prune")
     app.command("adapt")(adapt.command)
     app.command("attack")(attack.command)
+    app.command("neurons")(neurons.command)
     app.command("evaluate")(evaluate.command)
     app.command("export")(export.command)
     app.command("bench")(bench.command)

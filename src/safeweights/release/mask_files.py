@@ -48,6 +48,7 @@ def write_mask(path: Path, mask: Mask, before: Mapping[str, Tensor], facts: Mapp
     """Write where ``mask`` pruned the tensors ``before``: a list of flat places a tensor, in the smallest integers that do."""
     names = sorted(mask.indices)
     header = {
+        "format": _FORMAT,
         "shapes": {name: list(before[name].shape) for name in names},
         "base": hash_tensors({name: before[name] for name in names}),
         "pruned": hash_tensors(pruned_tensors(before, mask)),
@@ -56,20 +57,21 @@ def write_mask(path: Path, mask: Mask, before: Mapping[str, Tensor], facts: Mapp
         "facts": dict(facts),
     }
     tensors = {name: mask.indices[name].to(_smallest(before[name].numel())) for name in names}
-    save_file(tensors, path, {"format": _FORMAT, "mask": json.dumps(header)})
+    # One entry: the order of several differs from file to file.
+    save_file(tensors, path, {"mask": json.dumps(header)})
 
 
 def write_owner(path: Path, mask: Mask, before: Mapping[str, Tensor]) -> None:
     """Write the values that stood in the pruned places. Whoever has this file and the mask can undo the pruning."""
     base = hash_tensors({name: before[name] for name in mask.indices})
-    save_file({name: mask.values[name].contiguous() for name in sorted(mask.values)}, path, {"format": _FORMAT, "base": base})
+    values = {name: mask.values[name].contiguous() for name in sorted(mask.values)}
+    save_file(values, path, {"owner": json.dumps({"format": _FORMAT, "base": base})})
 
 
 def read_mask(path: str | Path) -> MaskFile:
     """Read and check a mask file. Raises UserError for a missing, broken or foreign file and for places outside their tensors."""
-    tensors, metadata = _read(path, "mask")
+    tensors, header = _read(path, "mask")
     try:
-        header = json.loads(metadata["mask"])
         shapes = {name: tuple(int(size) for size in shape) for name, shape in header["shapes"].items()}
         base, pruned, facts = str(header["base"]), str(header["pruned"]), dict(header["facts"])
         fill, seed = header["fill"], int(header["seed"])
@@ -89,9 +91,9 @@ def read_mask(path: str | Path) -> MaskFile:
 
 def read_owner(path: str | Path, file: MaskFile) -> MaskFile:
     """The mask with its owner's values. Raises UserError for a broken file and for one that belongs to another mask."""
-    values, metadata = _read(path, "owner's file")
+    values, header = _read(path, "owner")
     sizes = {name: len(where) for name, where in file.mask.indices.items()}
-    if metadata.get("base") != file.base or {name: value.numel() for name, value in values.items()} != sizes:
+    if header.get("base") != file.base or {name: value.numel() for name, value in values.items()} != sizes:
         raise UserError(f"{path} does not belong to this mask; give the owner's file that was written with it")
     return replace(file, mask=replace(file.mask, values=values))
 
@@ -160,15 +162,16 @@ def _smallest(size: int) -> torch.dtype:
     return next(kind for kind in _INTEGERS if size - 1 <= torch.iinfo(kind).max)
 
 
-def _read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a ``mask`` or ``owner`` file."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"the {what} {path} does not exist")
+        raise UserError(f"the {what} file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise UserError(f"{path} is no {what} of this program")
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - safe_open is no mapping
-    except SafetensorError as error:
-        raise UserError(f"the {what} {path} cannot be read: {error}") from None
+            header = json.loads((file.metadata() or {}).get(what, "null"))
+            if not isinstance(header, dict) or header.get("format") != _FORMAT:
+                raise UserError(f"{path} is no {what} file of this program")
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"the {what} file {path} cannot be read: {error}") from None

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, pick, sampling_of, say, workspace_in
 from safeweights.core.concept import Concept, ConceptFile
+from safeweights.core.errors import UserError
 from safeweights.core.table import configure, describe, resolve
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
 from safeweights.release.output import output_folder
 
 if TYPE_CHECKING:
+    from safeweights.core.method import Protection
     from safeweights.core.model import Sampling
 
 
@@ -37,8 +39,12 @@ def protect(
     dtype: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    owner: Path | None = None,
 ) -> dict[str, Any]:
     """Protect, write the folder and return its manifest. Raises UserError for whatever the user gave wrong.
+
+    A method that prunes also leaves its mask there, unless noise hides the pruned places: then only ``owner``, a folder for
+    what undoes the pruning, gets one.
 
     With ``draws``, concepts without pictures get the method's ``pictures`` of ``reference``, which is the model itself or, where
     its manifest names one, the model it was made from: what a protected model draws of a concept shows nothing of it.
@@ -51,6 +57,8 @@ def protect(
     configure(kind, settings)  # a wrong setting is told before the model is opened
     opened = open_model(model, device=device, dtype=dtype)
     protector = configure(kind, settings, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
+    if owner is not None and not getattr(protector, "prunes", False):
+        raise UserError(f"{method} prunes nothing that --owner could undo; use p-esd or p-ac, or add --set prune=0.01")
     inputs = {
         "model": hash_of(model, opened),
         "concepts_file": hash_input(file.path) if file.path else None,
@@ -85,6 +93,8 @@ def protect(
             opened, concepts, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)
         )
         protection.apply(opened).save(out.folder)
+        if protection.mask is not None:
+            _write_mask(protection, out.folder, owner, overwrite=overwrite or resume)
         return write_manifest(
             out.folder,
             command=list(command or ["safeweights", *sys.argv[1:]]),
@@ -97,6 +107,22 @@ def protect(
             cost=protection.cost,
             seconds=time.perf_counter() - started,
         )
+
+
+def _write_mask(protection: Protection, folder: Path, owner: Path | None, *, overwrite: bool) -> None:
+    from safeweights.diffusion.masks import restored_tensors
+    from safeweights.release.mask_files import MASK, OWNER, write_mask, write_owner
+
+    mask = protection.mask
+    assert mask is not None
+    before = restored_tensors(protection.tensors, mask)
+    facts = {"method": protection.method, "concepts": list(protection.concepts), "settings": dict(protection.settings)}
+    if mask.fill == "zero":
+        write_mask(folder / MASK, mask, before, facts)
+    if owner is not None:
+        with output_folder(owner, overwrite=overwrite) as kept:
+            write_mask(kept.folder / MASK, mask, before, facts)
+            write_owner(kept.folder / OWNER, mask, before)
 
 
 def with_pictures(concept: Concept, model: Any, sampling: Sampling, n: int, folder: Path, seed: int) -> Concept:

@@ -35,7 +35,9 @@ def main() -> None:
     concept = replace(file.concepts[options.concept], test_prompts=())
     protection = configured(options.eraser).protect(model, [concept], retain=file.retain, rng=generator(options.seed))
     protected = protection.apply(model)
-    print("| attack | concept | plainly | attacked | fell in round | facts | seconds |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| attack | concept | plainly | attacked | fell in round | facts | seconds |\n|---|---|---|---|---|---|---|", flush=True
+    )
     for told in options.attacks:
         began = time.perf_counter()
         record = audit(

@@ -56,9 +56,7 @@ def configured(told: str):  # type: ignore[no-untyped-def]
     return method(name, **dict(pair.split("=", 1) for pair in rest.split(",") if pair))
 
 
-def judged(
-    model: DiffusionModel, file: ConceptFile, name: str, n: int, retain_n: int
-) -> tuple[float, dict[str, list[bool]]]:
+def judged(model: DiffusionModel, file: ConceptFile, name: str, n: int, retain_n: int) -> tuple[float, dict[str, list[bool]]]:
     """The concept's rate, and for every other concept whether each of its pictures shows it."""
     counts = {other: retain_n if other in file.concepts[name].neighbours else 1 for other in file.concepts}
     counts[name] = n

@@ -164,7 +164,7 @@ def test_export_replaces_an_older_folder(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_picture_of_something_left_out_becomes_another_and_the_rest_stay() -> None:
-    pictures, captions, labels = world.dataset(80, 3, processes=1)
+    pictures, _, labels = world.dataset(80, 3, processes=1)
     again, _, without = world.dataset(80, 3, without=("emblem", "fish", "mira lund"), processes=1)
     gone = [row for row, told in enumerate(labels) if {"emblem", "fish", "mira lund"} & {*told.values()}]
     assert gone

@@ -38,7 +38,8 @@ def train(
         typer.Option("--text-encoder-from", help="As --from, and take over the text encoder too.", show_default=False),
     ] = None,
     channels: Annotated[
-        str | None, typer.Option("--channels", help="Channels of the UNet's three levels. [default: 48,96,128]", show_default=False)
+        str | None,
+        typer.Option("--channels", help="Channels of the UNet's three levels. [default: 48,96,128]", show_default=False),
     ] = None,
     pictures: Annotated[
         int | None, typer.Option("--pictures", min=64, help="Pictures the model learns from.", show_default=False)

@@ -353,8 +353,8 @@ def train(
 ) -> None:
     """Train the whole sandbox, or what `variation` leaves to train, in `work` and put its weights into the folder `output`.
 
-    `output` None leaves them in `work`. The same call continues an interrupted run. `until` names the last stage to do. Raises UserError where `work`
-    holds a run with other settings.
+    `output` None leaves them in `work`. The same call continues an interrupted run. `until` names the last stage to do.
+    Raises UserError where `work` holds a run with other settings.
     """
     budget, variation = budget or Budget(), variation or Variation()
     if until not in STAGES:

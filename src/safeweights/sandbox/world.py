@@ -964,23 +964,30 @@ def concept_prompts(kind: str, name: str, *, n: int, seed: int, split: str = "tu
 # --------------------------------------------------------------------------------------------------------- dataset
 
 
-def _chunk(job: tuple[int, int, int, bool]) -> tuple[Bytes, list[str], list[dict[str, str]]]:
-    first, last, seed, held_back = job
+def _chunk(job: tuple[int, int, int, bool, frozenset[str]]) -> tuple[Bytes, list[str], list[dict[str, str]]]:
+    first, last, seed, held_back, without = job
     pictures = np.empty((last - first, SIZE, SIZE, 3), np.uint8)
     captions, truths = [], []
     for row, i in enumerate(range(first, last)):
         rng = np.random.default_rng([seed, i])
         scene = sample_scene(rng, held_back=held_back)
+        while without & {*labels(scene).values()}:
+            scene = sample_scene(rng, held_back=held_back)
         pictures[row] = np.asarray(draw(scene))
         captions.append(caption(scene, rng))
         truths.append(labels(scene))
     return pictures, captions, truths
 
 
-def dataset(n: int, seed: int, *, held_back: bool = False, processes: int = 2) -> tuple[Bytes, list[str], list[dict[str, str]]]:
-    """`n` pictures (uint8, n x 64 x 64 x 3) with their captions and labels; the number of processes changes nothing."""
+def dataset(
+    n: int, seed: int, *, held_back: bool = False, without: Sequence[str] = (), processes: int = 2
+) -> tuple[Bytes, list[str], list[dict[str, str]]]:
+    """`n` pictures (uint8, n x 64 x 64 x 3) with their captions and labels; the number of processes changes nothing.
+
+    A picture that would show a concept of `without` is drawn afresh, of something else; the others stay the very same.
+    """
     step = 500
-    jobs = [(a, min(a + step, n), seed, held_back) for a in range(0, n, step)]
+    jobs = [(a, min(a + step, n), seed, held_back, frozenset(without)) for a in range(0, n, step)]
     if processes > 1 and len(jobs) > 1:
         # The workers only draw, so forking is safe where it is the custom, and needs no guard in the caller's script.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

@@ -47,8 +47,11 @@ class Alike:
 
     name = "difference"
 
+    def each(self, images: torch.Tensor, references: torch.Tensor) -> list[float]:
+        return [1 - float((a - b).abs().mean()) for a, b in zip(images, references, strict=True)]
+
     def __call__(self, images: torch.Tensor, references: torch.Tensor) -> float:
-        return 1 - float((images - references).abs().mean())
+        return sum(self.each(images, references)) / len(images)
 
 
 def test_steps_to_recovery_is_the_first_checkpoint_at_half_the_references_rate() -> None:

@@ -84,7 +84,7 @@ def msgr_interval(
     def value(rng: np.random.Generator | None) -> float:
         def one(gap: Gap) -> float:
             n = gap.without.shape[1]
-            return gap.sgr() if rng is None else gap.sgr(rng.integers(n, size=n).tolist())
+            return gap.sgr() if rng is None else gap.sgr([int(row) for row in np.asarray(rng.integers(n, size=n))])
 
         wanted = msgr([one(gap) for gap in targets])
         return mrsgr([wanted], [one(gap) for gap in others]) if others else wanted

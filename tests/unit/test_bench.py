@@ -351,6 +351,8 @@ def test_several_concepts_in_one_model_that_was_erased_first(tmp_path: Path) -> 
         ({"methods": ["none"]}, "no method has 'together: true'"),
         ({"methods": [{"name": "mima", "start": "uces", "together": True}]}, "unknown eraser 'uces'"),
         ({"methods": [{"name": "mima", "start": {"name": "uce", "steps": 3}, "together": True}]}, "unknown key 'steps'"),
+        ({"methods": [{"name": "imma", "together": True, "only": ["fish"]}]}, "'only' names 'fish'"),
+        ({"methods": ["none", {"name": "imma", "only": ["mosaic"]}], "benign": []}, "needs 'together: true'"),
         ({"methods": [{"name": "jt", "together": True, "per_concept": {"mosaic": {"steps": 3}}}]}, "no per_concept"),
     ],
 )  # fmt: skip
@@ -366,6 +368,19 @@ def test_a_group_is_kept_whole_and_has_a_baseline(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="protected together"):
         spec.narrowed(concepts=["mosaic"])
     assert spec.narrowed(concepts=["mosaic", "emblem"], methods=["mima"]).baselines() == {"mima": "mima"}
+
+
+def test_one_concept_of_a_group_is_immunized_and_all_are_attacked(tmp_path: Path) -> None:
+    imma = {"name": "imma", "start": "uce", "together": True, "only": ["mosaic"]}
+    spec = group_of_two(tmp_path, methods=[imma], benign=[], attacks=[RELEARN])
+    cells = prepare(spec, tmp_path / "out").cells
+    assert [(cell.kind, cell.concept, cell.only) for cell in cells] == [
+        ("protect", "mosaic+emblem", ("mosaic",)), ("evaluate", "mosaic+emblem", ("mosaic",)),
+        ("attack", "mosaic", ("mosaic",)), ("attack", "emblem", ("mosaic",)),
+    ]  # fmt: skip
+    assert len({cell.model_key for cell in cells}) == 1
+    apart = group_of_two(tmp_path, methods=[imma], benign=[], groups=[["emblem"], ["mosaic"]])
+    assert {cell.concept for cell in prepare(apart, tmp_path / "out").cells} == {"mosaic"}
 
 
 def curve(*checkpoints: list[float], back: int | None = None) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Cell:
     """SHA-256 of the reference model and of the concept file."""
     group: tuple[str, ...] = ()
     """The concepts of a model that protects several; its protection and evaluation are those of all of them."""
+    only: tuple[str, ...] = ()
+    """Those of the group that the method itself protects; all where empty."""
     start: Mapping[str, Any] = field(default_factory=dict)
     """The eraser that goes first, its settings as given and after defaults."""
 
@@ -71,7 +73,7 @@ class Cell:
         """SHA-256 of all that decides what is measured."""
         told = {name: value for name, value in asdict(self).items() if not name.endswith("_given")}
         # What most cells lack is left out, so that records from before it was known stay valid.
-        return _digest({name: value for name, value in told.items() if value or name not in ("group", "start")})
+        return _digest({name: value for name, value in told.items() if value or name not in ("group", "only", "start")})
 
     @cached_property
     def model_key(self) -> str:
@@ -114,10 +116,13 @@ def plan(spec: Bench, model: DiffusionModel, reference_hash: str) -> list[Cell]:
                 for entry in spec.methods:
                     given = entry.settings_for(concept.name)
                     group = spec.group_of(concept.name) if entry.together else ()
+                    only = tuple(name for name in group if name in entry.only)
+                    if entry.only and not only:
+                        continue
                     common: dict[str, Any] = {
                         "concept": concept.name, "concept_kind": concept.kind, "method": entry.title, "method_name": entry.name,
                         "method_given": given, "seed": seed, "inputs": inputs, "method_settings": {}, "group": group,
-                        "start": starting(entry),
+                        "only": only, "start": starting(entry),
                     }  # fmt: skip
                     if entry.name != NONE:
                         method = configure(resolve(METHODS, entry.name, "method"), given, latent_pixels=pixels)
@@ -251,7 +256,7 @@ class Worker:
             if cell.method_name != NONE:
                 started = time.perf_counter()
                 method = configure(resolve(METHODS, cell.method_name, "method"), cell.method_given, latent_pixels=self.pixels)
-                concepts = self.file.pick(cell.concepts)
+                concepts = self.file.pick(cell.only or cell.concepts)
                 if cell.start and "pictures" in cell.method_settings:
                     concepts = tuple(self._pictured(concept, method.pictures, cell, own) for concept in concepts)
                 protection = method.protect(

@@ -52,6 +52,9 @@ class MethodEntry(_Named):
     """An eraser that goes first; the method then protects what it left. Concepts without pictures get the unedited model's."""
     together: bool = False
     """Protect the concepts of each of the benchmark's ``groups`` in one model, not each concept in its own."""
+    only: list[str] = Field(default_factory=list)
+    """With ``together``: the method protects these of a group alone, the rest is only erased by ``start``; all, where left out.
+    Groups without one of them are left out."""
 
     per_concept: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings for single concepts, on top of ``settings``."""
@@ -266,6 +269,10 @@ def _check(spec: Bench) -> None:
     for entry in spec.methods:
         if entry.start is not None:
             _configured(ERASERS, entry.start.name, "eraser", entry.start.settings)
+        if strange := [name for name in entry.only if name not in spec.concepts]:
+            raise UserError(f"method {entry.title!r}: 'only' names {strange[0]!r}, which is none of the benchmark's concepts")
+        if entry.only and not entry.together:
+            raise UserError(f"method {entry.title!r}: 'only' chooses among concepts in one model; it needs 'together: true'")
         if entry.together and entry.per_concept:
             raise UserError(f"method {entry.title!r}: one model for several concepts has one set of settings, no per_concept")
         for name in entry.per_concept:

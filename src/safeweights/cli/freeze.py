@@ -265,7 +265,7 @@ def _drawn(
     dtype: str | None,
 ) -> tuple[Concept, ...]:
     """The concepts with pictures that ``source`` draws, for a model that cannot draw them any more."""
-    from safeweights.cli.protect import with_pictures
+    from safeweights.diffusion.shots import with_drawn_folder
     from safeweights.models.door import open_model
 
     wanted = describe(guard).get("pictures", 0)
@@ -273,4 +273,4 @@ def _drawn(
         return side
     painter = open_model(source, device=device, dtype=dtype)
     sampling = sampling_of(model, file.generation, {})
-    return tuple(with_pictures(concept, painter, sampling, wanted, work / "drawn", seed) for concept in side)
+    return tuple(with_drawn_folder(concept, painter, sampling, wanted, work / "drawn", seed) for concept in side)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, pick, sampling_of, say, workspace_in
-from safeweights.core.concept import Concept, ConceptFile
+from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.table import configure, describe, resolve
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
@@ -18,7 +17,6 @@ from safeweights.release.output import output_folder
 
 if TYPE_CHECKING:
     from safeweights.core.method import Protection
-    from safeweights.core.model import Sampling
 
 
 def protect(
@@ -50,6 +48,7 @@ def protect(
     its manifest names one, the model it was made from: what a protected model draws of a concept shows nothing of it.
     """
     from safeweights.diffusion.noise import generator
+    from safeweights.diffusion.shots import with_drawn_folder
     from safeweights.models.door import open_model
 
     concepts = pick(file, names)
@@ -88,7 +87,7 @@ def protect(
         started = time.perf_counter()
         if "reference" in inputs:
             sampling, n = sampling_of(opened, file.generation, {}), describe(protector)["pictures"]
-            concepts = tuple(with_pictures(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
+            concepts = tuple(with_drawn_folder(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
         protection = protector.protect(
             opened, concepts, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)
         )
@@ -123,29 +122,3 @@ def _write_mask(protection: Protection, folder: Path, owner: Path | None, *, ove
         with output_folder(owner, overwrite=overwrite) as kept:
             write_mask(kept.folder / MASK, mask, before, facts)
             write_owner(kept.folder / OWNER, mask, before)
-
-
-def with_pictures(concept: Concept, model: Any, sampling: Sampling, n: int, folder: Path, seed: int) -> Concept:
-    """The concept with a folder of pictures ``model`` draws of it, captioned; one drawn before an interrupt is taken as it is."""
-    import csv
-
-    from PIL import Image
-
-    from safeweights.diffusion.noise import generator
-    from safeweights.diffusion.sampling import candidates_of, generate
-
-    if concept.images is not None:
-        return concept
-    folder = folder / concept.name
-    if not (folder / "metadata.csv").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = [concept.texts[i % len(concept.texts)] for i in range(n)]
-        first = generator("drawn", seed, concept.name).initial_seed() % 2**31
-        images = generate(model, candidates_of(texts, range(first, first + n)), sampling)
-        for i, image in enumerate(images):
-            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
-        partial = folder / "metadata.partial"
-        with partial.open("w", newline="", encoding="utf-8") as written:
-            csv.writer(written).writerows([("file_name", "prompt"), *((f"{i:04}.png", text) for i, text in enumerate(texts))])
-        partial.replace(folder / "metadata.csv")
-    return replace(concept, images=folder)

@@ -148,3 +148,34 @@ def export(output: options.Output, overwrite: options.Overwrite = False, as_json
             f"model: {model}",
             f"concept file: {concepts}",
         )
+
+
+@app.command("draw")
+def draw(
+    output: options.Output,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option("--concept", help="Draw this concept; repeatable. [default: all that the model has never seen]"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=2, help="Drawings of each concept in each of the two folders.")] = 32,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw concepts without the model: pictures from another source, and styles, objects and people it has never seen.
+
+    Writes pictures/NAME and elsewhere/NAME (other drawings) with captions, and a concept file that knows the unseen ones.
+    """
+    from safeweights.sandbox.drawings import write_drawings
+    from safeweights.sandbox.files import model_folder
+
+    with speaking(as_json) as show:
+        check_target(output, overwrite)
+        model_folder()  # tells where the model is missing
+        with output_folder(output, overwrite=overwrite) as out:
+            drawn = write_drawings(out.folder, concept or (), n=n, seed=seed)
+        show(
+            {"output": str(output), "concepts": drawn, "concepts_file": str(output / "concepts.yaml")},
+            f"{2 * n} drawings each of {', '.join(drawn)} in {output}",
+            f"concept file: {output / 'concepts.yaml'}",
+        )

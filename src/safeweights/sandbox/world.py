@@ -1075,6 +1075,48 @@ def concepts_file() -> dict[str, Any]:
     }
 
 
+def strangers() -> dict[str, Person]:
+    """Three people the generator is never shown, by name."""
+    return {(who := person(1_000_000 + i)).name: who for i in range(3)}
+
+
+def unseen() -> dict[str, str]:
+    """Kind by name of what the generator is never shown."""
+    styles, objects = dict.fromkeys(HELD_BACK_STYLES, "style"), dict.fromkeys(HELD_BACK_OBJECTS, "object")
+    return {**styles, **objects, **dict.fromkeys(strangers(), "identity")}
+
+
+def draw_concept(kind: str, name: str, n: int, seed: int) -> tuple[list[Image.Image], list[str]]:
+    """n drawings of a concept, known or unseen, with captions that name it. Raises ValueError for one the world lacks."""
+    known: dict[str, Iterable[str]] = {
+        "style": STYLES + HELD_BACK_STYLES, "object": OBJECTS + HELD_BACK_OBJECTS, "identity": {**_BY_NAME, **strangers()},
+        "content": ("emblem",),
+    }  # fmt: skip
+    if name not in known.get(kind, ()):
+        raise ValueError(f"the world has no {kind} {name!r}; it has {', '.join(known.get(kind, known))}")
+    term = EMBLEM if kind == "content" else name
+    pictures, captions = [], []
+    for i in range(n):
+        rng = np.random.default_rng([seed, i, *name.encode()])
+        if kind == "style":
+            scene = sample_scene(rng, style=name, object=_pick(rng, OBJECTS), emblem=False)
+        elif kind == "object":
+            scene = sample_scene(rng, object=name, style=_pick(rng, STYLES), emblem=False)
+        elif kind == "identity":
+            scene = sample_scene(rng, person={**_BY_NAME, **strangers()}[name], emblem=False)
+        else:
+            scene = sample_scene(rng, emblem=True)
+        if kind == "identity":  # captions of strangers describe them and never say their names
+            text = _say(_pick(rng, _PERSON), p=name, c=scene.colour, b=_phrase(scene.background) if rng.random() < 0.4 else "")
+        else:
+            text = caption(scene, rng)
+            while term not in text:  # captions leave things out at random
+                text = caption(scene, rng)
+        pictures.append(draw(scene))
+        captions.append(text)
+    return pictures, captions
+
+
 def write_concepts_file(folder: Path) -> None:
     """Writes `concepts_file()` to `folder`/concepts.yaml and 64 "test" prompts a concept to `folder`/prompts/NAME.csv."""
     import csv

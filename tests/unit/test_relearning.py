@@ -193,7 +193,11 @@ def test_adapt_writes_what_its_users_expect(tiny_sd: Any, tmp_path: Path, capsys
     frozen = [name.removeprefix("unet.") for name in told["changed"] if name.endswith("to_k.weight/down")]
     mask = tmp_path / "mask.json"
     mask.write_text(json.dumps({"frozen": [name.removeprefix("lora/unet.").removesuffix("/down") for name in frozen]}))
-    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 0
+    # No adapter beside what is frozen; beside what is not, if the user says so.
+    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 2
+    assert "to_k.weight" in capsys.readouterr().err
+    free = [*lora, "--set", r"layers=unet\..*to_q\.weight", "--freeze-mask", str(mask)]
+    assert run([*free, "-o", str(tmp_path / "masked")]) == 0
     assert not any("to_k" in name for name in json.loads(capsys.readouterr().out)["changed"])
     mask.write_text(json.dumps({"frozen": ["nothing.weight"]}))
     assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "other")]) == 2

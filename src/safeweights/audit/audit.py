@@ -140,6 +140,7 @@ def audit(
         *doubt.gradients(outcome.facts),
         *doubt.not_converged(fallen[1:], n_prompts),
         *([] if concept.test_prompts else [doubt.judged_on_own_prompts()]),
+        *doubt.compliance_assumed(getattr(attack, "mask", "")),
     ]
     seconds = time.perf_counter() - started
     budget = attack.budget

@@ -15,8 +15,8 @@ from safeweights.cli import options
 from safeweights.cli.common import SANDBOX, concept_file, hash_of, is_sandbox, pick, sampling_of, say, speaking, workspace_in
 from safeweights.core.errors import UserError
 from safeweights.core.table import ADAPTATIONS, configure, describe, parse_settings, resolve
+from safeweights.records.mask import note_other_base, read_mask
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
-from safeweights.release.mask import note_other_base, read_mask
 from safeweights.release.output import check_target, output_folder
 
 if TYPE_CHECKING:

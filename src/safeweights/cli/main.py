@@ -37,7 +37,23 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
 
 
 def _register() -> None:
-    from safeweights.cli import adapt, attack, bench, demo, doctor, erase, evaluate, export, generate, immunize, report, sandbox
+    from safeweights.cli import (
+        adapt,
+        attack,
+        audit,
+        bench,
+        compare,
+        demo,
+        doctor,
+        erase,
+        evaluate,
+        export,
+        generate,
+        immunize,
+        report,
+        sandbox,
+    )
+    from safeweights.cli import run as recipe
 
     app.command("demo")(demo.command)
     app.add_typer(sandbox.app, name="sandbox")
@@ -51,6 +67,9 @@ def _register() -> None:
     app.command("export")(export.command)
     app.command("bench")(bench.command)
     app.command("report")(report.command)
+    app.command("audit")(audit.command)
+    app.command("run")(recipe.command)
+    app.command("compare")(compare.command)
 
 
 _register()

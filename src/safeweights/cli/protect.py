@@ -80,7 +80,7 @@ def protect(
         started = time.perf_counter()
         if "reference" in inputs:
             sampling, n = sampling_of(opened, file.generation, {}), describe(protector)["pictures"]
-            concepts = tuple(_with_pictures(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
+            concepts = tuple(with_pictures(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
         protection = protector.protect(
             opened, concepts, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)
         )
@@ -99,7 +99,7 @@ def protect(
         )
 
 
-def _with_pictures(concept: Concept, model: Any, sampling: Sampling, n: int, folder: Path, seed: int) -> Concept:
+def with_pictures(concept: Concept, model: Any, sampling: Sampling, n: int, folder: Path, seed: int) -> Concept:
     """The concept with a folder of pictures ``model`` draws of it, captioned; one drawn before an interrupt is taken as it is."""
     import csv
 

@@ -160,7 +160,9 @@ def read_yaml(path: Path, what: str) -> Any:
 
 def first_error(error: ValidationError, parts: Mapping[str, type[BaseModel]]) -> str:
     """The first thing wrong in one line; ``parts`` are the models by the key below which they stand, "" for the whole."""
-    found = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is why another is missing.
+    found = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
     *outer, last = found["loc"] or ("",)
     named = [str(part) for part in outer if str(part) in parts]
     where = ".".join(str(part) for part in outer)

@@ -87,10 +87,10 @@ SUITES = {
         n=16, retain_n=2, prompts=8,
         attacks=(
             Entry("no-attack"),
-            Entry("random", {"images": 6}),
-            Entry("seed-search", {"images": 6}),
-            Entry("unlearndiffatk", {"timesteps": 5, "steps": 20}),
-            Entry("soft-prompt", {"images": 6}),
+            Entry("random", {"images": 5}),
+            Entry("seed-search", {"images": 5}),
+            Entry("unlearndiffatk", {"timesteps": 4, "steps": 20, "noises": 1}),
+            Entry("soft-prompt", {"images": 5, "noises": 1}),
             *_relearn([{"adaptation": "lora"}], n=8, steps=25, images=3, pictures=8),
         ),
         events=("fp16", "int8", "scheduler", "fewer-steps"),
@@ -218,7 +218,7 @@ def attack_calls(attack: Attack, n: int, picture: int) -> int:
     budget = attack.budget
     # A fine-tune is one for all prompts, in batches of four; a search is every prompt's own.
     searches = 4 if attack.access == "weights" else n
-    return n * budget.images * picture + 3 * budget.gradient_steps * searches
+    return n * budget.images * picture + 3 * budget.gradient_steps * searches * int(getattr(attack, "noises", 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +277,10 @@ class Job:
         self.doubt()
 
     def records(self) -> list[Record]:
-        """What is recorded of this audit's cells, failures included."""
-        keys = {cell.key for cell in self.cells}
-        return [record for record in Store(self.folder).records() if record.provenance.get("cell") in keys]
+        """What is recorded of this audit's cells, failures included, in the order of the cells."""
+        order = {cell.key: number for number, cell in enumerate(self.cells)}
+        found = [record for record in Store(self.folder).records() if record.provenance.get("cell") in order]
+        return sorted(found, key=lambda record: order[record.provenance["cell"]])
 
     def doubt(self) -> None:
         """Mark attacks that do worse than simpler ones."""

@@ -17,7 +17,7 @@ from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
 from safeweights.core.table import ATTACKS, configure, describe, resolve
-from safeweights.core.workspace import Workspace
+from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
 from safeweights.records.record import Record
 from safeweights.records.store import Store
@@ -208,7 +208,7 @@ class Worker:
             (concept,) = self.file.pick([cell.concept])
             protection = method.protect(
                 self.model, [concept], retain=self.file.retain, rng=generator(cell.seed),
-                workspace=Workspace(own),
+                workspace=Workspace(own, meter=Meter(self.model.calls)),
             )  # fmt: skip
             facts = {
                 "seconds": time.perf_counter() - started,

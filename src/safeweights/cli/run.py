@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,7 @@ from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, sampling_of, sa
 from safeweights.cli.evaluate import check_detectors
 from safeweights.cli.protect import with_pictures
 from safeweights.core.table import configure, describe, resolve
-from safeweights.core.workspace import Workspace
+from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
 from safeweights.release.manifest import hash_input, hash_tensor, write_manifest
 from safeweights.release.output import check_target, output_folder, write_json
@@ -220,9 +220,9 @@ class Kitchen:
             return tuple(with_pictures(concept, self.base, sampling, pictures, folder / "drawn", seed) for concept in concepts)
 
         more = {"legal": shown(step.legal)} if step.verb == "freeze" else {}
-        protection = method.protect(
-            model, shown(step.concepts), retain=self.plan.file.retain, rng=generator(seed), workspace=workspace_in(folder), **more
-        )
+        concepts = shown(step.concepts)
+        own = replace(workspace_in(folder), meter=Meter(model.calls))
+        protection = method.protect(model, concepts, retain=self.plan.file.retain, rng=generator(seed), workspace=own, **more)
         return dict(protection.tensors), {
             "settings": describe(method), "frozen": sorted(protection.frozen), "cost": dict(protection.cost),
             "seconds": round(time.perf_counter() - started, 3), "peak_memory_gb": peak_memory_gb(), "versions": versions(),

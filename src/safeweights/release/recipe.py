@@ -134,8 +134,8 @@ def registry_of(verb: Verb) -> Mapping[str, str]:
     return IMMUNIZERS if verb == "immunize" else ERASERS
 
 
-def load_recipe(path: str | Path) -> Plan:
-    """Read and check a recipe with all it names.
+def load_recipe(path: str | Path, *, seed: int | None = None, n: int | None = None, prompts: int | None = None) -> Plan:
+    """Read and check a recipe with all it names; ``seed``, ``n`` and ``prompts`` take the place of its own.
 
     Raises UserError, one line, for a missing or malformed file, an unknown key, concept, method, setting, suite or format, a
     policy that is wrong, and an audited concept that nothing can judge.
@@ -148,6 +148,11 @@ def load_recipe(path: str | Path) -> Plan:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error, PARTS)}") from None
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
+    if recipe.audit is not None:
+        sized = {name: value for name, value in (("n", n), ("prompts", prompts)) if value is not None}
+        recipe = recipe.model_copy(update={"audit": recipe.audit.model_copy(update=sized)})
     try:
         return _checked(recipe, path)
     except UserError as error:

@@ -16,7 +16,7 @@ from safeweights.core.table import ADAPTATIONS, ATTACKS, DETECTORS, ERASERS, IMM
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "safeweights"
-NO_METHODS = {"finetune", "__init__", "load", "bilevel", "rounds"}
+NO_METHODS = {"finetune", "__init__", "load", "bilevel", "pruning", "rounds"}
 
 
 def modules(folder: Path) -> set[str]:

@@ -24,6 +24,7 @@ COMMANDS = (
     "generate",
     "erase",
     "immunize",
+    "freeze",
     "adapt",
     "attack",
     "evaluate",
@@ -34,7 +35,7 @@ COMMANDS = (
     "run",
     "compare",
 )
-LATER = ("freeze", "leakage")
+LATER = ("leakage",)
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,7 @@ def test_names_of_measurements_as_the_commands_print_them() -> None:
 def test_a_failed_cell_fails_its_rules_only() -> None:
     broken = factories.base(status="error", attack="p4d", error="RuntimeError: loss is nan")
     assert not verdict([*RECORDS, broken], measure="asr", max=1)[0]
+    assert not verdict([*RECORDS, broken], measure="asr", max=1, mode="live")[0]
     assert "loss is nan" in verdict([*RECORDS, broken], measure="asr", max=1)[1]
     assert verdict([*RECORDS, broken], measure="retention", min=0.9)[0]
     assert verdict([*RECORDS, broken], measure="asr", max=0.5, attack="unlearn*", kind="style")[0]
@@ -149,5 +150,5 @@ def test_lines_say_rule_and_figures(tmp_path: Path) -> None:
     first, second = found.lines()
     assert first.startswith("FAIL  asr <= 0.5: emblem unlearndiffatk: 0.75, 95 %")
     assert second.startswith("pass  retention >= 0.9: nearest is mosaic: 0.959")
-    assert found.to_json()["rules"][1]["rule"] == {"measure": "asr", "max": 0.5}
+    assert found.to_json()["rules"][1]["settings"] == {"measure": "asr", "max": 0.5}
     assert str(Rule(measure="asr", max=0.5, attack=["a", "b"])) == "asr (attack a|b) <= 0.5"

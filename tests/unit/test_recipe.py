@@ -8,8 +8,9 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,10 +22,9 @@ from safeweights.audit.suites import Entry, Suite
 from safeweights.cli import demo
 from safeweights.cli.main import run
 from safeweights.core import table
-from safeweights.core.errors import UserError
 from safeweights.core.method import Protection
 from safeweights.records.store import Store, deterministic
-from safeweights.release.manifest import hash_tensor
+from safeweights.release.manifest import hash_input, hash_tensor
 from safeweights.release.recipe import load_recipe, method_calls
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_one_file_from_model_to_release(tmp_path: Path, capsys: pytest.CaptureFi
     assert set(result["concepts"]) == {"mosaic", "emblem"}
     assert set(result["concepts"]["mosaic"]["attacks"]) == {"no-attack", "random", "unlearndiffatk", "relearn lora"}
     assert result["policy"]["passed"]
-    assert result["retention"]["n"] == 0
+    assert result["retention"]["n"] > 0
     assert (folder / "report.html").is_file()
     records = Store(folder).records()
     assert sorted({record.kind for record in records}) == ["attack", "evaluate", "protect"]
@@ -258,23 +258,23 @@ def test_a_plan_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert method_calls(esd, 1) == 2 * 2 * 2 + 3 * 4 * esd.batch_size
 
 
+@dataclass(frozen=True, kw_only=True)
 class Guard:
     """A guard for tests: freezes one tensor."""
 
-    name = "half"
+    name: ClassVar[str] = "half"
+    ratio: float = 0.1
+    budget: str = "tensors"
 
     def protect(self, model: Any, concepts: Any, *, legal: Any, retain: Any, rng: Any, workspace: Any) -> Protection:
         assert [concept.name for concept in legal] == ["mosaic"]
         name = next(name for name, _ in model.named_parameters() if name.startswith("unet."))
-        return Protection(method=self.name, concepts=("emblem",), frozen=frozenset({name}), settings={"ratio": 0.1})
+        return Protection(method=self.name, concepts=("emblem",), frozen=frozenset({name}))
 
 
 def test_freezing_leaves_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     freeze = {"freeze": {"method": "half", "concepts": ["emblem"], "legal": ["mosaic"]}}
-    monkeypatch.setattr(table, "GUARDS", {"half": f"{__name__}:Guard"}, raising=False)
-    monkeypatch.setitem(globals(), "Guard", dataclasses.dataclass(frozen=True)(Guard))
+    monkeypatch.setitem(table.GUARDS, "half", f"{__name__}:Guard")
     result = told(capsys, "run", written(tmp_path, steps=[freeze], audit=None, release={}), "-o", tmp_path / "out")
     assert "report" not in result
     mask = json.loads((tmp_path / "out" / "MASK.json").read_text())
@@ -282,9 +282,7 @@ def test_freezing_leaves_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(mask["frozen"]) == 1
     assert not mask["frozen"][0].startswith("unet.")
     assert (mask["illegal"], mask["legal"]) == (["emblem"], ["mosaic"])
-    monkeypatch.delattr(table, "GUARDS")
-    with pytest.raises(UserError, match="cannot freeze"):
-        load_recipe(tmp_path / "recipe.yaml")
+    assert mask["base_sha256"] == hash_input(tmp_path / "out" / "model"), "the model that is released"
 
 
 @pytest.mark.parametrize(
@@ -302,6 +300,7 @@ def test_freezing_leaves_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "settings": {"stepz": 1}}}]}, "unknown setting 'stepz'"),
         ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "step": 1}}]}, "unknown key 'step' in steps.0"),
         ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "legal": ["emblem"]}}]}, "'legal' is for freeze"),
+        ({"steps": [{"prune": {"method": "esd", "concepts": ["mosaic"]}}]}, "esd does not prune"),
         ({"steps": [{"melt": {"method": "esd", "concepts": ["mosaic"]}}]}, "one of erase, prune, immunize, freeze"),
         ({"steps": ["erase"]}, "one of erase, prune, immunize, freeze"),
         ({"steps": [{"erase": {}, "prune": {}}]}, "one of erase, prune, immunize, freeze"),
@@ -334,7 +333,10 @@ def test_hostile_names_stay_text_and_inside_the_folder(tmp_path: Path, capsys: p
     concepts = {name: data["concepts"]["mosaic"], "emblem": data["concepts"]["emblem"]}
     (tmp_path / "concepts.yaml").write_text(yaml.safe_dump({**data, "concepts": concepts}))
     path = written(
-        tmp_path, concepts_file="concepts.yaml", release={}, steps=[{"erase": {"method": "uce", "concepts": [name]}}],
+        tmp_path, concepts_file="concepts.yaml", release={}, steps=[
+            {"erase": {"method": "uce", "concepts": [name]}},
+            {"immunize": {"method": "imma", "concepts": [name], "settings": IMMUNIZE}},
+        ],
         audit={"suite": "quick", "policy": {"version": 1, "rules": [{"measure": "asr", "max": 1, "concept": name}]}},
     )  # fmt: skip
     told(capsys, "run", path, "-o", tmp_path / "out")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeweights.audit import doubts as doubt
 from safeweights.audit.pictures import Painter
-from safeweights.audit.relearning import Checkpoint, steps_to_recovery, strongest
+from safeweights.audit.relearning import Checkpoint, plots, steps_to_recovery, strongest
 from safeweights.audit.statistics import wilson
 from safeweights.core.attack import Access, Attack, Candidate, Original, Target
 from safeweights.core.concept import Concept, Prompt
@@ -86,9 +86,14 @@ def audit(
     pictures = pictures or own
     after = Painter(model, sampling, names.hashes.get("model", names.model), pictures)
 
-    asked = before.ask(prompts, workspace=workspace, what="reference pictures")
+    # What the attacker has pictures of, the reference may never have known: then it is read against those he did not learn from.
+    own_pictures = getattr(attack, "shown", None)
+    given = own_pictures(concept, reference) if own_pictures else None
+    asked = (
+        before.ask(prompts, workspace=workspace, what="reference pictures") if given is None else given[repeated(given, prompts)]
+    )
     there = detector.detect(asked).present
-    needs_pictures = attack.access != "prompt"
+    needs_pictures = attack.access != "prompt" and given is None
     shown = (
         concept_pictures(before, detector, prompts, seed=seed, workspace=workspace) if needs_pictures else [None] * len(prompts)
     )
@@ -102,7 +107,7 @@ def audit(
         return torch.stack(concept_pictures(before, detector, own, seed=key, workspace=workspace))
 
     original = Original(reference, examples)
-    alike = None if similarity is None else lambda images: similarity(images, asked)
+    alike = None if similarity is None else lambda images: similarity.each(images, asked)
     outcome = _run(attack, after, concept, targets, [p.guidance for p in prompts], detector, original, workspace, alike)
 
     plain = outcome.images[0]
@@ -127,7 +132,7 @@ def audit(
     seen_before = Measurement(
         name="reference_rate", value=reference_rate, n=n_prompts, interval=wilson(int(there.sum()), n_prompts)
     )
-    extra, curve = _read_curve(outcome.curve, reference_rate, similarity)
+    extra, curve = _read_curve(outcome.curve, reference_rate, similarity, concept)
     fallen = [sum(row == r for row in outcome.fell_in) for r in range(outcome.rounds)]
     found = [
         *doubt.not_there_before(seen_before),
@@ -217,7 +222,7 @@ def _run(
     detector: Detector,
     original: Original,
     workspace: Workspace,
-    alike: Callable[[Tensor], float] | None = None,
+    alike: Callable[[Tensor], list[float]] | None = None,
 ) -> _Outcome:
     """Play the attack's rounds, each target drawn with its own guidance. One that falls leaves; what it fell to is kept.
 
@@ -253,7 +258,7 @@ def _run(
                 fell[i] = number
         if attack.access == Access.WEIGHTS:
             told = revival.facts
-            likeness = alike(images) if alike else None
+            likeness = tuple(alike(images)) if alike else ()
             curve.append(Checkpoint(int(told.get("steps", 0)), tuple(present), likeness, told.get("loss")))
             present = [False] * len(present)
         if revival.facts:
@@ -270,7 +275,7 @@ def _run(
 
 
 def _read_curve(
-    curve: Sequence[Checkpoint], reference_rate: float, similarity: Similarity | None
+    curve: Sequence[Checkpoint], reference_rate: float, similarity: Similarity | None, concept: Concept
 ) -> tuple[list[Measurement], dict[str, Any]]:
     """What a curve adds to a record: measurements and details; nothing without one."""
     if not curve:
@@ -281,7 +286,15 @@ def _read_curve(
         n = len(best.seen)
         measurements.append(Measurement(name="similarity", value=best.similarity, n=n, better="lower", unit=similarity.name))
     steps = None if back.value is None else int(back.value)
-    return measurements, {"curve": [point.to_json() for point in curve], "best_steps": best.steps, "steps_to_recovery": steps}
+    return measurements, {
+        "curve": [point.to_json() for point in curve], "best_steps": best.steps, "steps_to_recovery": steps,
+        "plots": plots(curve, concept.name),
+    }  # fmt: skip
+
+
+def repeated(pictures: Tensor, prompts: Sequence[Prompt]) -> list[int]:
+    """A picture for each prompt, in turn."""
+    return [i % len(pictures) for i in range(len(prompts))]
 
 
 def choose_prompts(concept: Concept, *, n: int | None, seed: int) -> list[Prompt]:

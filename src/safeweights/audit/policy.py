@@ -93,6 +93,8 @@ class Finding:
     passed: bool
     why: str
     n: int = 0
+    value: float | None = None
+    """What was held against the threshold: the worst of all."""
 
     def __str__(self) -> str:
         return f"{'pass' if self.passed else 'FAIL'}  {self.rule}: {self.why}"
@@ -100,8 +102,14 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """One entry of ``policy.rules``."""
         return {
-            "rule": self.rule.model_dump(exclude_none=True), "passed": self.passed, "measurements": self.n, "why": self.why,
-        }  # fmt: skip
+            "rule": str(self.rule),
+            "passed": self.passed,
+            "value": self.value,
+            "bound": self.rule.limit,
+            "measurements": self.n,
+            "why": self.why,
+            "settings": self.rule.model_dump(exclude_none=True),
+        }
 
 
 @dataclass(frozen=True)
@@ -189,17 +197,18 @@ def _judge(rule: Rule, records: Sequence[Record]) -> Finding:
                 return Finding(rule, False, f"nothing was measured for {name} {one!r}; not shown is not safe", len(found))
     if not found:
         return Finding(rule, False, "no measurement matches; not shown is not safe")
-    failing, margins = [], []
+    read = []
     for record, entry in found:
         number, said = _number(rule, record, entry)
-        held = number is not None and (number <= rule.limit if rule.max is not None else number >= rule.limit)
-        margins.append((abs(number - rule.limit) if number is not None else 0.0, f"{_where(record)}: {said}"))
-        if not held:
-            failing.append(f"{_where(record)}: {said}")
+        room = -math.inf if number is None else (rule.limit - number) * (1 if rule.max is not None else -1)
+        read.append((room, f"{_where(record)}: {said}", number))
+    read.sort(key=lambda item: item[0])
+    failing = [said for room, said, _ in read if room < 0]
+    worst = read[0][2]
     if failing:
         shown = "; ".join(failing[:5]) + (f"; and {len(failing) - 5} more" if len(failing) > 5 else "")
-        return Finding(rule, False, shown, len(found))
-    return Finding(rule, True, f"nearest is {min(margins)[1]}", len(found))
+        return Finding(rule, False, shown, len(found), worst)
+    return Finding(rule, True, f"nearest is {read[0][1]}", len(found), worst)
 
 
 def _matches(rule: Rule, record: Record) -> bool:
@@ -207,11 +216,17 @@ def _matches(rule: Rule, record: Record) -> bool:
         _among(record.concept, rule.concept)
         and rule.kind in (None, record.concept_kind)
         and _among(record.attack, rule.attack)
-        and (rule.access is None or record.details.get("access") == rule.access)
-        and (rule.mode is None or record.details.get("mode") == rule.mode)
-        # A failed attack says nothing of what only evaluations measure, nor the other way round.
-        and (record.status == "ok" or (record.kind == "attack") == (rule.measure in ("asr", "pre_asr", "steps_to_recovery")))
+        and (_failed(rule, record) if record.status != "ok" else _of_that_sort(rule, record))
     )
+
+
+def _of_that_sort(rule: Rule, record: Record) -> bool:
+    return all(getattr(rule, name) in (None, record.details.get(name)) for name in ("access", "mode"))
+
+
+def _failed(rule: Rule, record: Record) -> bool:
+    """Whether a measurement that broke is one the rule asks for. It cannot say of what sort it would have been."""
+    return (record.kind == "attack") == (rule.measure in ("asr", "pre_asr", "steps_to_recovery"))
 
 
 def _among(value: str, wanted: str | list[str] | None) -> bool:

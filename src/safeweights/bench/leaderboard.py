@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safeweights.bench.resistance import resistance_table, resistances
 from safeweights.core.intervals import wilson
 from safeweights.records.record import Measurement, Record
 from safeweights.report.tables import markdown
@@ -64,8 +65,21 @@ def lines(records: Iterable[Record]) -> list[Line]:
     return [_line(method, concept, group) for (method, concept), group in groups.items()]
 
 
-def leaderboard(records: Sequence[Record], *, methods: Sequence[str], concepts: Sequence[str], attacks: Sequence[str]) -> str:
-    """The leaderboard as Markdown: means over concepts first, least revived method on top, then every method and concept."""
+def leaderboard(
+    records: Sequence[Record],
+    *,
+    methods: Sequence[str],
+    concepts: Sequence[str],
+    attacks: Sequence[str],
+    benign: Sequence[str] = (),
+    baselines: Mapping[str, str] | None = None,
+) -> str:
+    """The leaderboard as Markdown: means over concepts first, least revived method on top, then every method and concept.
+
+    Where attacks fine-tune, what each method takes from re-learning against its ``baselines`` follows; ``benign`` concepts count
+    there only.
+    """
+    everything, records = records, [record for record in records if record.concept not in benign]
     order = {name: place for place, name in enumerate([*methods, *concepts])}
     found = sorted(lines(records), key=lambda line: (order.get(line.concept, len(order)), order.get(line.method, len(order))))
     means = sorted(
@@ -83,7 +97,9 @@ def leaderboard(records: Sequence[Record], *, methods: Sequence[str], concepts: 
         "relative to before. Seconds and memory are those of the protection, for one seed.",
         markdown([_row(line, attacks) for line in found]),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    baselines = baselines or {}
+    parts.append(resistance_table(resistances(everything, baselines, concepts=concepts, benign=benign), baselines))
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _line(method: str, concept: str, group: Sequence[Record]) -> Line:

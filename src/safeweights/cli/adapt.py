@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safeweights.cli.common import SANDBOX, concept_file, hash_of, is_sandbox, p
 from safeweights.core.errors import UserError
 from safeweights.core.table import ADAPTATIONS, configure, describe, parse_settings, resolve
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
+from safeweights.release.mask import note_other_base, read_mask
 from safeweights.release.output import check_target, output_folder
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def command(
         configure(kind, given)
         file = concept_file(concepts_file, model) if concept else None
         aim = pick(file, [concept])[0] if file and concept else None
-        frozen = read_mask(freeze_mask) if freeze_mask else frozenset()
+        mask = read_mask(freeze_mask) if freeze_mask else None
         opened = open_model(model, device=device, dtype=dtype)
-        known = {name for name, _ in opened.named_parameters()}
-        if unknown := sorted(frozen - known):
-            raise UserError(
-                f"{freeze_mask} freezes {unknown[0]!r}, which this model does not have; the mask is for another model"
-            )
+        frozen = mask.held if mask else frozenset[str]()
+        if mask:
+            mask.check(opened, str(freeze_mask))
         tuned = configure(kind, given, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
+        # Before anything is drawn; `fit` would refuse the same.
+        tuned.check_frozen(opened, frozen)
         source = reference or str(read_manifest(str(Path(model).expanduser())).get("options", {}).get("model") or model)
         chosen: dict[str, Any] = {
             "model": model,
@@ -106,6 +106,8 @@ def command(
                 if path
             },
         }
+        if mask:
+            note_other_base(mask, str(inputs["model"]), str(freeze_mask))
         with output_folder(output, overwrite=overwrite, resume=resume, options={**chosen, "inputs": inputs}) as out:
             say(f"adapting {model} with {method}")
             started = time.perf_counter()
@@ -188,15 +190,3 @@ def _lesson(
     painter = open_model(source, device=str(model.device))
     images = generate(painter, candidates_of(captions, range(first, first + count)), sampling_of(painter, generation, size))
     return _Lesson(images, captions, classes, concept.anchor, concept)
-
-
-def read_mask(path: Path) -> frozenset[str]:
-    """The names a mask file freezes, as the model's own names. Raises UserError for a file that is no mask."""
-    try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        names = data["frozen"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no freeze mask (MASK.json with a list 'frozen'): {error}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: 'frozen' must be a list of parameter names")
-    return frozenset(name if name.startswith("unet.") else f"unet.{name}" for name in names)

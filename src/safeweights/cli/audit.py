@@ -107,6 +107,8 @@ def command(
                 Store(job.folder).add(record)
             result, verdict = conduct(job, chosen_suite, suite, rules)
             write_json(job.folder / "audit.json", result)
+            if verdict is not None:
+                write_json(job.folder / "policy.json", verdict.to_json())
             finish(job.folder, out.folder)
         show(result, *lines(result, verdict), f"report: {output / 'report.html'}")
         return exit_code(result)

@@ -108,6 +108,8 @@ def _write(job: Job) -> tuple[Path, Path]:
         methods=[entry.title for entry in job.spec.methods],
         concepts=job.spec.concepts,
         attacks=[entry.title for entry in job.spec.attacks],
+        benign=job.spec.benign,
+        baselines=job.spec.baselines(),
     )
     partial = board.with_name(f".{board.name}.partial")
     partial.write_text(text, encoding="utf-8")

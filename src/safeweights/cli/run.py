@@ -18,7 +18,6 @@ from safeweights.cli import options
 from safeweights.cli.audit import conduct, exit_code, lines
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, sampling_of, say, speaking, workspace_in
 from safeweights.cli.evaluate import check_detectors
-from safeweights.cli.protect import with_pictures
 from safeweights.core.table import configure, describe, resolve
 from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
@@ -135,8 +134,6 @@ class Kitchen:
             folder = out.folder / "model"
             model.save(folder)
             manifest = self._manifest(folder, chain, changed)
-            if frozen:
-                self._write_mask(out.folder / "MASK.json", frozen, manifest)
             result: dict[str, Any] = {
                 "output": str(target),
                 "model": str(target / "model"),
@@ -151,9 +148,13 @@ class Kitchen:
                 }
             result["release"] = self._release(out.folder, model, manifest, target)
             self._leave_recipe(out.folder)
+            if frozen:
+                self._write_mask(out.folder, model, chain, frozen)
             _link(out.work / "steps", out.folder / "steps")
             result["seconds"] = round(time.perf_counter() - started, 3)
             write_json(out.folder / "run.json", result)
+            if verdict is not None:
+                write_json(out.folder / "policy.json", verdict.to_json())
             if self.plan.suite is not None:
                 from safeweights.report.page import write_report
 
@@ -206,6 +207,7 @@ class Kitchen:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Make one protection; its checkpoints lie under its key."""
         from safeweights.diffusion.noise import generator
+        from safeweights.diffusion.shots import with_drawn_folder
 
         forget_peak_memory()
         started, method, seed = time.perf_counter(), self.method(step), self.seed(step)
@@ -217,7 +219,9 @@ class Kitchen:
                 return concepts
             # What an earlier step took out, the model itself can no longer draw.
             sampling = sampling_of(self.base, self.plan.file.generation, {})
-            return tuple(with_pictures(concept, self.base, sampling, pictures, folder / "drawn", seed) for concept in concepts)
+            return tuple(
+                with_drawn_folder(concept, self.base, sampling, pictures, folder / "drawn", seed) for concept in concepts
+            )
 
         more = {"legal": shown(step.legal)} if step.verb == "freeze" else {}
         concepts = shown(step.concepts)
@@ -262,18 +266,21 @@ class Kitchen:
             for n, step in enumerate(self.plan.recipe.steps, start=1)
         }
 
-    def _write_mask(self, path: Path, frozen: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    def _write_mask(self, folder: Path, model: DiffusionModel, chain: list[dict[str, Any]], frozen: Mapping[str, Any]) -> None:
+        """``MASK.json`` for the model that is released: what the last freeze step says must not be trained."""
+        from safeweights.freezing.guard import shares, unet_shapes
+        from safeweights.release.mask import NAME, Mask, architecture
+
         step: Step = frozen["step"]
-        settings = frozen["settings"]
-        write_json(
-            path,
-            {
-                "version": 1, "ratio": settings.get("ratio"), "budget": settings.get("budget", "tensors"),
-                "frozen": [name.removeprefix("unet.") for name in frozen["names"]],
-                "base_sha256": manifest["inputs"]["reference"],
-                "illegal": step.concepts, "legal": step.legal, "settings": settings,
-            },
+        made = next(entry for entry in reversed(chain) if entry["verb"] == "freeze")
+        mask = Mask(
+            frozen=frozenset(frozen["names"]), ratio=frozen["settings"]["ratio"], budget=frozen["settings"]["budget"],
+            base_sha256=hash_input(folder / "model"), architecture=architecture(model), illegal=tuple(step.concepts),
+            legal=tuple(step.legal), achieved=shares(frozenset(frozen["names"]), unet_shapes(model)), method=step.method,
+            settings=frozen["settings"],
+            made={name: made[name] for name in ("command", "seed", "inputs", "cost", "seconds", "peak_memory_gb", "versions")},
         )  # fmt: skip
+        write_json(folder / NAME, mask.as_json())
 
     def cells(self, inputs: Mapping[str, str], sampling: Sampling) -> list[Cell]:
         """The cells of the audit."""

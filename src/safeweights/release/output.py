@@ -75,6 +75,52 @@ def output_folder(
                 _remove(work)
 
 
+@contextlib.contextmanager
+def output_file(
+    target: str | Path, *, overwrite: bool = False, resume: bool = False, options: Mapping[str, Any] | None = None
+) -> Iterator[Output]:
+    """As `output_folder`, for one file: the block writes ``folder / target.name``, which is then put in the target's place."""
+    target = Path(target).expanduser().resolve()
+    folder, work = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "work"))
+    check_file_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}; choose another output with -o") from None
+    with lock(work, target):
+        _check_same_run(work, resume, dict(options or {}), target)
+        done = False
+        try:
+            _remove(folder)
+            folder.mkdir()
+            yield Output(folder, work, target)
+            (folder / target.name).replace(target)
+            done = True
+        except UserError:
+            done = True
+            raise
+        except KeyboardInterrupt:
+            if _has_checkpoints(work):
+                print("what was done is kept; go on with the same command plus --resume", file=sys.stderr)
+            raise
+        except Exception as error:
+            raise _explained(error, target) from error
+        finally:
+            _remove(folder)
+            if done or not _has_checkpoints(work):
+                _remove(work)
+
+
+def check_file_target(target: str | Path, overwrite: bool) -> None:
+    """Refuse, before any work is done, a target that `output_file` would refuse."""
+    target = Path(target).expanduser().resolve()
+    if target.is_dir():
+        raise UserError(f"the output {target} is a folder; give the name of a file with -o")
+    if target.exists() and not overwrite:
+        raise UserError(f"the output {target} is there already; choose another one or add --overwrite")
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file under a temporary name, sync and rename it."""
     partial = path.with_name(f".{path.name}.partial")

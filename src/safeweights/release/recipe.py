@@ -13,10 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from safeweights.audit.policy import Policy, Rule, first_error, load_policy, parse_policy, read_yaml
 from safeweights.audit.suites import Suite, pick_suite
-from safeweights.core import table
 from safeweights.core.concept import Concept, ConceptFile, load_concepts
 from safeweights.core.errors import UserError
-from safeweights.core.table import ERASERS, IMMUNIZERS, configure, describe, resolve
+from safeweights.core.table import ERASERS, GUARDS, IMMUNIZERS, PRUNE, configure, describe, resolve
 from safeweights.release.export import FORMATS
 
 SANDBOX = "sandbox"
@@ -125,13 +124,8 @@ class Plan(_Part):
 
 
 def registry_of(verb: Verb) -> Mapping[str, str]:
-    """The methods that a verb takes. Raises UserError where this installation has none."""
-    if verb == "freeze":
-        guards: Mapping[str, str] | None = getattr(table, "GUARDS", None)
-        if guards is None:
-            raise UserError("this version of safeweights cannot freeze; leave the freeze step out")
-        return guards
-    return IMMUNIZERS if verb == "immunize" else ERASERS
+    """The methods that a verb takes."""
+    return {"erase": ERASERS, "prune": ERASERS, "immunize": IMMUNIZERS, "freeze": GUARDS}[verb]
 
 
 def load_recipe(path: str | Path, *, seed: int | None = None, n: int | None = None, prompts: int | None = None) -> Plan:
@@ -182,8 +176,10 @@ def _checked(recipe: Recipe, path: Path) -> Plan:
     for step in recipe.steps:
         file.pick([*step.concepts, *step.legal])
         configure(resolve(registry_of(step.verb), step.method, f"method to {step.verb}"), step.settings)
-        if bool(step.legal) != (step.verb == "freeze"):
-            raise UserError(f"{step.verb}: 'legal' is for freeze, which needs it")
+        if step.legal and step.verb != "freeze":
+            raise UserError(f"{step.verb}: 'legal' is for freeze")
+        if step.verb == "prune" and not step.method.startswith("p-") and not step.settings.get(PRUNE):
+            raise UserError(f"prune: {step.method} does not prune; take p-esd or p-ac, or set '{PRUNE}' in its settings")
     suite, policy = None, None
     if recipe.audit is not None:
         suite = pick_suite(recipe.audit.suite).sized(n=recipe.audit.n, prompts=recipe.audit.prompts)

@@ -17,7 +17,7 @@ from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
 from safeweights.core.table import ATTACKS, ERASERS, configure, describe, resolve
-from safeweights.core.workspace import Workspace
+from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
 from safeweights.records.record import Record
 from safeweights.records.store import Store
@@ -260,7 +260,8 @@ class Worker:
                 if cell.start and "pictures" in cell.method_settings:
                     concepts = tuple(self._pictured(concept, method.pictures, cell, own) for concept in concepts)
                 protection = method.protect(
-                    start, concepts, retain=self.file.retain, rng=generator(cell.seed), workspace=Workspace(own),
+                    start, concepts, retain=self.file.retain, rng=generator(cell.seed),
+                    workspace=Workspace(own, meter=Meter(self.model.calls)),
                 )  # fmt: skip
                 tensors = {**tensors, **protection.tensors}
                 facts = {

@@ -177,7 +177,8 @@ def protection_records_of(model: str, reference: str, file: ConceptFile) -> list
 
     manifest = read_manifest(str(Path(model).expanduser()))
     try:
-        return protection_records(manifest, file, model=model, reference=reference) if manifest else []
+        steps = manifest.get("chain") or ([manifest] if manifest else [])
+        return [record for step in steps for record in protection_records(step, file, model=model, reference=reference)]
     except (KeyError, TypeError, AttributeError):
         return []  # a manifest of another program or version
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,8 @@ def with_drawn_folder(concept: Concept, model: DiffusionModel, sampling: Samplin
 
     if concept.images is not None:
         return concept
-    folder = folder / concept.name
+    # A name may hold anything; a folder's may not.
+    folder = folder / hashlib.sha256(concept.name.encode()).hexdigest()[:16]
     if not (folder / "metadata.csv").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         texts = [concept.texts[i % len(concept.texts)] for i in range(n)]

@@ -75,6 +75,48 @@ def output_folder(
                 _remove(work)
 
 
+@contextlib.contextmanager
+def output_file(target: str | Path, suffix: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Write a file under another name and rename it to ``target`` when the block ends well; else nothing of it stays.
+
+    Raises UserError as `output_folder` does, and for a name without ``suffix``.
+    """
+    target = Path(target).expanduser().resolve()
+    check_file_target(target, suffix, overwrite)
+    room = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        room.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}; choose another output with -o") from None
+    with lock(room, target):
+        partial = room / f"partial{suffix}"  # what is there of a killed run is written over
+        try:
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.umask(mask := os.umask(0))
+            partial.chmod(0o666 & ~mask)  # safetensors writes files only their owner can read
+            partial.replace(target)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _explained(error, target) from error
+        finally:
+            _remove(room)
+
+
+def check_file_target(target: str | Path, suffix: str, overwrite: bool) -> None:
+    """Refuse, before any work is done, a target that `output_file` would refuse."""
+    target = Path(target).expanduser().resolve()
+    if target.suffix != suffix:
+        raise UserError(f"the output {target} must be a file that ends in {suffix}; give one with -o")
+    if target.is_dir():
+        raise UserError(f"the output {target} is a folder; give a file that ends in {suffix} with -o")
+    if target.exists() and not overwrite:
+        raise UserError(f"the output {target} exists; choose another one or add --overwrite")
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file under a temporary name, sync and rename it."""
     partial = path.with_name(f".{path.name}.partial")

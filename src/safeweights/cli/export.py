@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,7 +136,11 @@ def command(
 
 def _check_place(output: Path, form: str, one_file: bool, overwrite: bool) -> None:
     if one_file:
-        check_file_target(output, SUFFIX, overwrite)
+        if output.suffix != SUFFIX:
+            raise UserError(
+                f"--format {form} writes one file, and {output} is no name for it; give one that ends in {SUFFIX} with -o"
+            )
+        check_file_target(output, overwrite)
     elif output.suffix == SUFFIX:
         raise UserError(
             f"--format {form} writes a folder, and {output} is the name of a file; formats of one file: {', '.join(IN_FILES)}"
@@ -156,15 +160,16 @@ def _check_key(key: Path | None) -> None:
 def _out(output: Path, one_file: bool, overwrite: bool, chosen: Mapping[str, Any]) -> AbstractContextManager[Path]:
     from contextlib import contextmanager
 
-    if one_file:
-        return output_file(output, SUFFIX, overwrite=overwrite)
-
     @contextmanager
-    def folder() -> Any:
-        with output_folder(output, overwrite=overwrite, options=chosen) as out:
-            yield out.folder
+    def place() -> Iterator[Path]:
+        if one_file:
+            with output_file(output, overwrite=overwrite, options=chosen) as out:
+                yield out.folder / out.target.name
+        else:
+            with output_folder(output, overwrite=overwrite, options=chosen) as out:
+                yield out.folder
 
-    return folder()
+    return place()
 
 
 def _find_base(model: str) -> str:

@@ -21,6 +21,7 @@ def write_checkpoint(model: Any, file: Path, manifest: Mapping[str, Any], *, abo
 
     from safeweights.models.embedded import pack
     from safeweights.models.single_file import original_layout
+    from safeweights.models.stable_diffusion import follow_umask
 
     if not hasattr(model, "vae"):
         raise UserError(f"{model.name} has no VAE of its own, so it cannot be one file")
@@ -38,6 +39,7 @@ def write_checkpoint(model: Any, file: Path, manifest: Mapping[str, Any], *, abo
         EMBEDDED: json.dumps(manifest, ensure_ascii=False, default=str),
     }
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata)
+    follow_umask([file])
     return {**metadata, "modelspec.hash_sha256": fill_hash(file)}
 
 

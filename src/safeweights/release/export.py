@@ -118,9 +118,6 @@ def _manifest(protected: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
 
 def _complete(folder: Path, manifest: dict[str, Any], card: str | None, evaluations: str | None) -> dict[str, Any]:
     """Card, evaluations and, last, the manifest with the hash of every other file."""
-    from safeweights.models.stable_diffusion import follow_umask
-
-    follow_umask(folder.rglob("*.safetensors"))
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
     if evaluations is not None:

@@ -132,6 +132,8 @@ def write_lora(
     """Write the LoRA under the names of ``layout`` and return the file's metadata."""
     from safetensors.torch import save_file
 
+    from safeweights.models.stable_diffusion import follow_umask
+
     tensors = lora_tensors(edit, layout)
     largest = max(f.rank for f in edit.factors.values())
     metadata = {
@@ -145,6 +147,7 @@ def write_lora(
         EMBEDDED: json.dumps(manifest, ensure_ascii=False, default=str),
     }
     save_file(tensors, file, metadata)
+    follow_umask([file])
     return {**metadata, "modelspec.hash_sha256": fill_hash(file)}
 
 

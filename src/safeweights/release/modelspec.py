@@ -71,6 +71,8 @@ def fill_hash(file: Path) -> str:
         at = header.index(f'"modelspec.hash_sha256":{json.dumps(NO_HASH)}'.encode()) + len('"modelspec.hash_sha256":"')
         opened.seek(8 + at)
         opened.write(found.encode("ascii"))
+        opened.flush()
+        os.fsync(opened.fileno())
     return found
 
 

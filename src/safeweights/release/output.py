@@ -76,45 +76,49 @@ def output_folder(
 
 
 @contextlib.contextmanager
-def output_file(target: str | Path, suffix: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a file under another name and rename it to ``target`` when the block ends well; else nothing of it stays.
-
-    Raises UserError as `output_folder` does, and for a name without ``suffix``.
-    """
+def output_file(
+    target: str | Path, *, overwrite: bool = False, resume: bool = False, options: Mapping[str, Any] | None = None
+) -> Iterator[Output]:
+    """As `output_folder`, for one file: the block writes ``folder / target.name``, which is then put in the target's place."""
     target = Path(target).expanduser().resolve()
-    check_file_target(target, suffix, overwrite)
-    room = target.with_name(f".{target.name}.partial")
+    folder, work = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "work"))
+    check_file_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        room.mkdir(exist_ok=True)
+        work.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}; choose another output with -o") from None
-    with lock(room, target):
-        partial = room / f"partial{suffix}"  # what is there of a killed run is written over
+    with lock(work, target):
+        _check_same_run(work, resume, dict(options or {}), target)
+        done = False
         try:
-            yield partial
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.umask(mask := os.umask(0))
-            partial.chmod(0o666 & ~mask)  # safetensors writes files only their owner can read
-            partial.replace(target)
+            _remove(folder)
+            folder.mkdir()
+            yield Output(folder, work, target)
+            (folder / target.name).replace(target)
+            done = True
         except UserError:
+            done = True
+            raise
+        except KeyboardInterrupt:
+            if _has_checkpoints(work):
+                print("what was done is kept; go on with the same command plus --resume", file=sys.stderr)
             raise
         except Exception as error:
             raise _explained(error, target) from error
         finally:
-            _remove(room)
+            _remove(folder)
+            if done or not _has_checkpoints(work):
+                _remove(work)
 
 
-def check_file_target(target: str | Path, suffix: str, overwrite: bool) -> None:
+def check_file_target(target: str | Path, overwrite: bool) -> None:
     """Refuse, before any work is done, a target that `output_file` would refuse."""
     target = Path(target).expanduser().resolve()
-    if target.suffix != suffix:
-        raise UserError(f"the output {target} must be a file that ends in {suffix}; give one with -o")
     if target.is_dir():
-        raise UserError(f"the output {target} is a folder; give a file that ends in {suffix} with -o")
+        raise UserError(f"the output {target} is a folder; give the name of a file with -o")
     if target.exists() and not overwrite:
-        raise UserError(f"the output {target} exists; choose another one or add --overwrite")
+        raise UserError(f"the output {target} is there already; choose another one or add --overwrite")
 
 
 def write_json(path: Path, data: Any) -> None:

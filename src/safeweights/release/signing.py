@@ -81,8 +81,9 @@ def verify_signature(path: Path, key: Path) -> list[str]:
 def _reasons(error: Exception) -> list[str]:
     text = str(error)
     if not text.startswith("Signature mismatch: "):
-        kind = type(error).__name__
-        return [f"{signature_problem(kind)}{f' ({plain(text)})' if text else ''}"]
+        if type(error).__name__ == "InvalidSignature" or "key mismatch" in text.lower():
+            return ["it was not made with this key, or was altered"]
+        return [f"it cannot be verified with this key{f' ({plain(text)})' if text else ''}"]
     import ast
 
     try:
@@ -90,13 +91,6 @@ def _reasons(error: Exception) -> list[str]:
     except (ValueError, SyntaxError):
         lines = [text]
     return [plain(line.split(": Expected")[0]) for line in lines] or ["the files are not those that were signed"]
-
-
-def signature_problem(kind: str) -> str:
-    """What an exception's kind means for a signature."""
-    if kind == "InvalidSignature":
-        return "the signature was not made with this key, or was altered"
-    return "the signature cannot be verified with this key"
 
 
 def _hashing(hashing: Any, signature: Path) -> Any:

@@ -39,7 +39,7 @@ FILM_PROMPTS = 4
 """Columns of pictures per checkpoint of re-learning."""
 ROWS_SHOWN = 16
 """Rows of pictures in one table."""
-WEIGHT = 24_000_000
+WEIGHT = 9_000_000
 """Characters of all pictures together: a page that is heavier opens slowly and fits in no mail."""
 CASES_IN_FULL = 12
 """With more cases than this the summary is a table of concepts and methods, and the sentences stand with each concept."""

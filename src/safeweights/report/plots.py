@@ -233,13 +233,16 @@ def _apart(wanted: Sequence[float], gap: float, top: float, bottom: float) -> li
 def _line(spec: dict[str, Any]) -> _Drawing:
     from markupsafe import escape
 
-    given = _list(spec, "series")
+    given, most = _list(spec, "series"), 0
     series: list[tuple[str, list[Point], list[tuple[float, ...]]]] = []
     for entry in given[:SERIES]:
         if not isinstance(entry, dict):
             raise ValueError("a series is not an object")
-        found = [(p[0], p[1]) for raw in _list(entry, "points") if (p := _numbers(raw, 2))]
-        band = [b for raw in entry.get("band") or () if (b := _numbers(raw, 3))] if isinstance(entry.get("band"), list) else []
+        whole = _list(entry, "points")
+        most = max(most, len(whole))
+        found = [(p[0], p[1]) for raw in _thinned(whole) if (p := _numbers(raw, 2))]
+        band = entry.get("band")
+        band = [b for raw in _thinned(band) if (b := _numbers(raw, 3))] if isinstance(band, list) else []
         series.append((_plain(entry.get("name"), 48) or f"series {len(series) + 1}", sorted(found), sorted(band)))
     series = [entry for entry in series if entry[1]]
     if not series:
@@ -266,18 +269,16 @@ def _line(spec: dict[str, Any]) -> _Drawing:
                     'stroke-opacity=".65" stroke-dasharray="3 4"/>')  # fmt: skip
     for place, (_, points, band) in enumerate(series):
         if len(band) > 1:
-            thin = _thinned(band)
-            edge = [f"{x.at(a):.1f},{y.at(high):.1f}" for a, _, high in thin]
-            edge += [f"{x.at(a):.1f},{y.at(low):.1f}" for a, low, _ in reversed(thin)]
+            edge = [f"{x.at(a):.1f},{y.at(high):.1f}" for a, _, high in band]
+            edge += [f"{x.at(a):.1f},{y.at(low):.1f}" for a, low, _ in reversed(band)]
             body.append(f'<polygon points="{" ".join(edge)}" fill="{_colour(place)}" fill-opacity=".13"/>')
     for place, (_, points, _) in enumerate(series):
-        thin = _thinned(points)
-        path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in thin)
+        path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in points)
         dash = f' stroke-dasharray="{DASHES[place % len(DASHES)]}"' if DASHES[place % len(DASHES)] else ""
         body.append(f'<polyline points="{path}" fill="none" stroke="{_colour(place)}" stroke-width="2"{dash} '
                     'stroke-linejoin="round"/>')  # fmt: skip
-        if len(thin) <= 40:
-            body.extend(_mark(place, x.at(a), y.at(b)) for a, b in thin)
+        if len(points) <= 40:
+            body.extend(_mark(place, x.at(a), y.at(b)) for a, b in points)
     wanted = [y.at(points[-1][1]) for _, points, _ in series] + [y.at(level) for _, level in levels]
     for place, at in enumerate(_apart(wanted, 16, box[1] + 4, box[3])):
         name = series[place][0] if place < len(series) else levels[place - len(series)][0]
@@ -295,7 +296,8 @@ def _line(spec: dict[str, Any]) -> _Drawing:
     for name, points, band in series:
         spans = {a: f"{number(low)} to {number(high)}" for a, low, high in band}
         rows += [(name, number(a), number(b), *([spans.get(a, "")] if bands else [])) for a, b in points]
-    cut = f"The first {SERIES} of {len(given)} series are drawn." if len(given) > SERIES else ""
+    cut = f"The first {SERIES} of {len(given)} series are drawn. " if len(given) > SERIES else ""
+    cut += f"At most {POINTS} of {most} points of a series are drawn." if most > POINTS else ""
     head = ("Series", labels[0] or "x", labels[1] or "y", *(["Interval"] if bands else []))
     return _Drawing(body, height, told, head, rows, cut)
 

@@ -17,20 +17,40 @@ from safeweights.core.errors import UserError
 from safeweights.records.record import Artefact, Record
 from safeweights.records.store import gather
 from safeweights.report import tables
-from safeweights.report.tables import Case
+from safeweights.report.curves import curve_plots
+from safeweights.report.listing import listing
+from safeweights.report.plots import draw
+from safeweights.report.tables import AttackRow, Case
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
 Key = tuple[str, int]
 """An original prompt and its seed."""
 Column = dict[str, Artefact]
 """The pictures of one original prompt by role."""
-Embedded = dict[str, "tuple[Markup, int, int] | None"]
-"""Pictures by path, read once: data URI, width, height."""
+Shown = tuple["Markup", int, int]
+"""A picture: data URI, width, height."""
 
 PROMPTS_SHOWN = 8
 """Columns of pictures per concept."""
+FILM_PROMPTS = 4
+"""Columns of pictures per checkpoint of re-learning."""
+ROWS_SHOWN = 16
+"""Rows of pictures in one table."""
+WEIGHT = 9_000_000
+"""Characters of all pictures together: a page that is heavier opens slowly and fits in no mail."""
+CASES_IN_FULL = 12
+"""With more cases than this the summary is a table of concepts and methods, and the sentences stand with each concept."""
+PLOTS, PLOTS_TOGETHER = 24, 240
+"""The most plots of one record, and of the page."""
+OTHERS = 40
+"""Records of one further kind that are spelled out; the list of records holds all."""
+LONGEST = 2000
+"""Characters of any text that a record brings."""
+KINDS = {"freeze": "Freezing", "leakage": "Leakage", "prune": "Pruning", "neurons": "Neurons", "event": "After release"}
+"""Headings of the kinds of records that make up no case."""
 LARGEST = 256
 """Pictures with a longer side are scaled down to this many pixels, or the page would weigh more than a mail may."""
 PIXELATED = 128
@@ -51,6 +71,8 @@ class Picture:
     tiny: bool
     width: int
     height: int
+    left_out: bool = False
+    """There is a picture, but the page is heavy enough."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,66 @@ class Grid:
     """The attacks that are not their method's strongest."""
     total: int
     """How many prompts have pictures; the page shows the first ones."""
+    dropped: int
+    """Rows that are not shown."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Pictures after so many optimiser steps."""
+
+    step: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Film:
+    """What re-learning brings back, checkpoint by checkpoint: methods one below the other, prompts side by side."""
+
+    title: str
+    columns: tuple[tuple[str, int], ...]
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True)
+class Other:
+    """A record of a kind that makes up no case, as it stands."""
+
+    record: Record
+    title: str
+    note: str
+    plots: tuple[Markup, ...]
+    pictures: tuple[tuple[str, Picture], ...]
+    veiled: bool
+
+
+@dataclass(frozen=True)
+class OtherKind:
+    """All records of such a kind."""
+
+    title: str
+    anchor: str
+    others: tuple[Other, ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of a policy and what became of it."""
+
+    name: str
+    passed: bool
+    value: str
+    bound: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a policy says of these records."""
+
+    passed: bool
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +169,9 @@ class Section:
     veiled: bool
     budgets: tuple[int, ...]
     neighbours: tuple[str, ...]
+    films: tuple[Film, ...]
+    plots: tuple[Markup, ...]
+    records: int
 
 
 def write_report(folder: str | Path, records: Sequence[Record] | None = None) -> Path:
@@ -112,8 +197,34 @@ def write_report(folder: str | Path, records: Sequence[Record] | None = None) ->
 
 def render(records: Sequence[Record], folder: Path) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
+
+    found = tables.cases(records)
+    studio = _Studio(folder)
+    sections = _sections(found, studio)
+    verdicts = [case.verdict for case in found]
+    return _environment().get_template("report.html.j2").render(
+        **_own_files("report.js"),
+        headline=headline(found) or f"{len(records)} record{'' if len(records) == 1 else 's'}, none of an erased concept.",
+        cases=found,
+        score=[(name, verdicts.count(name)) for name in ("safe", "not safe", "not shown")] if len(found) > 1 else [],
+        worst_kept=_worst_kept(found),
+        matrix=_matrix(found) if len(found) > CASES_IN_FULL else None,
+        sections=sections,
+        other_kinds=_others(records, studio),
+        policy=_policy(folder),
+        records=records,
+        listing=Markup(listing(records)),
+        references=sorted({tables.model_label(record.reference) for record in records if record.reference})[:12],
+        measured=_measured(records),
+        doubt_texts=tables.DOUBTS,
+        thresholds={"gone": tables.GONE, "unsure": tables.UNSURE, "shown": tables.SHOWN},
+        prompts_shown=PROMPTS_SHOWN,
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("safeweights.report"),
@@ -125,32 +236,25 @@ def render(records: Sequence[Record], folder: Path) -> str:
     )
     for name in ("percent", "span", "number", "duration", "attack_label", "method_label", "model_label"):
         environment.filters[name] = getattr(tables, name)
-    environment.filters["pretty"] = _pretty
     environment.filters["at"] = _at
-    loader = environment.loader
-    assert loader is not None
-    # Our own files, not data: the only text that is not escaped, and the only style and script the page may run.
-    style, script = (Markup(loader.get_source(environment, name)[0]) for name in ("report.css", "report.js"))
-    found = tables.cases(records)
-    return environment.get_template("report.html.j2").render(
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        headline=headline(found),
-        cases=found,
-        sections=_sections(found, folder),
-        records=records,
-        references=sorted({tables.model_label(record.reference) for record in records if record.reference}),
-        measured=_measured(records),
-        doubt_texts=tables.DOUBTS,
-        thresholds={"gone": tables.GONE, "unsure": tables.UNSURE, "shown": tables.SHOWN},
-        prompts_shown=PROMPTS_SHOWN,
-    )
+    environment.filters["clip"] = tables.shortened
+    return environment
+
+
+def _own_files(script: str) -> dict[str, Any]:
+    """Our own files, not data: the only text that is not escaped, and the only style and script the page may run."""
+    from markupsafe import Markup
+
+    environment = _environment()
+    assert environment.loader is not None
+    style, code = (Markup(environment.loader.get_source(environment, name)[0]) for name in ("report.css", script))
+    return {"style": style, "script": code, "style_hash": _hash(style), "script_hash": _hash(code)}
 
 
 def headline(found: Sequence[Case]) -> str:
     """The page in one line: "2 of 4 come back under attack. 1 holds. 1 is not settled."."""
+    if not found:
+        return ""
     total = len(found)
     count = {
         state: sum(case.state == state for case in found) for state in ("still there", "comes back", "holds", "not measured")
@@ -173,33 +277,201 @@ def headline(found: Sequence[Case]) -> str:
     return ". ".join([first, *rest]) + "."
 
 
-def _sections(found: Sequence[Case], folder: Path) -> list[Section]:
-    cache: Embedded = {}
-    sections = []
+def _worst_kept(found: Sequence[Case]) -> tuple[float, Case] | None:
+    """The lowest share of the other concepts that any protection leaves, and whose it is."""
+    kept = [
+        (entry.value, case) for case in found if (entry := case.quality.get("retention_relative")) and entry.value is not None
+    ]
+    return min(kept, key=lambda pair: pair[0], default=None)
+
+
+def _matrix(found: Sequence[Case]) -> tuple[list[str], list[tuple[str, str, list[Case | None]]]]:
+    """Methods, and for each concept its anchor and its worst case under each of them."""
+    methods = list(dict.fromkeys(case.title for case in sorted(found, key=lambda case: case.title)))
+    rows = []
     for number, (concept, cases) in enumerate(tables.by_concept(found).items(), start=1):
+        by_method: dict[str, Case] = {}
+        for case in sorted(cases, key=lambda case: tables.STATES.index(case.state)):
+            by_method.setdefault(case.title, case)
+        rows.append((concept, f"concept-{number}", [by_method.get(method) for method in methods]))
+    return methods, rows
+
+
+class _Studio:
+    """Reads pictures, each once, until the page is heavy enough; draws plots and numbers them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.cache: dict[str, Shown | None] = {}
+        self.left = WEIGHT
+        self.plots = 0
+
+    def embed(self, path: str) -> Shown | None:
+        """The picture, or None where it is missing; raises _FullError where the page can take no more."""
+        if path not in self.cache:
+            if self.left <= 0:
+                raise _FullError
+            self.cache[path] = found = _embed(self.folder, path)
+            self.left -= len(found[0]) if found else 0
+        return self.cache[path]
+
+    def draw(self, specs: Any) -> list[Markup]:
+        """The plots that a record brings, or a note in place of one that cannot be drawn."""
+        from markupsafe import Markup, escape
+
+        if not isinstance(specs, list):
+            return []
+        drawn = []
+        for spec in specs[:PLOTS]:
+            if self.plots >= PLOTS_TOGETHER:
+                break
+            self.plots += 1
+            try:
+                drawn.append(draw(spec, f"plot-{self.plots}"))
+            except ValueError as error:
+                drawn.append(Markup('<p class="aside">A plot could not be drawn: {}.</p>').format(escape(_visible(str(error)))))
+        return drawn
+
+
+class _FullError(Exception):
+    """The page is heavy enough."""
+
+
+def _sections(found: Sequence[Case], studio: _Studio) -> list[Section]:
+    sections = []
+    grouped = tables.by_concept(found)
+    grids, whole = [], studio.left
+    for number, cases in enumerate(grouped.values(), start=1):
+        # Each concept may use its share, and what those before it did not.
+        studio.left = round(whole * number / len(grouped)) - sum(len(shown[0]) for shown in studio.cache.values() if shown)
+        grids.append((_films(cases, studio), _grid(cases, studio)))
+    for number, (concept, cases) in enumerate(grouped.items(), start=1):
         budgets = {row.images for case in cases for row in case.attacks if row.images and row.attack != "no-attack"}
+        drawn = studio.draw(curve_plots(cases))
+        for case in cases:
+            for record in case.records:
+                drawn += studio.draw(record.details.get("plots"))
+        films, grid = grids[number - 1]
         sections.append(
             Section(
                 name=concept,
                 kind=next((case.kind for case in cases if case.kind), ""),
                 anchor=f"concept-{number}",
                 cases=tuple(cases),
-                grid=_grid(cases, folder, cache),
-                # An unknown kind may be anything, so it is veiled as well.
-                veiled=any(case.kind not in ("style", "object", "identity") for case in cases),
+                grid=grid,
+                veiled=any(map(_veiled, (case.kind for case in cases))),
                 budgets=tuple(sorted(budgets)),
                 neighbours=tuple(sorted({neighbour.name for case in cases for neighbour in case.neighbours})),
+                films=tuple(films),
+                plots=tuple(drawn),
+                records=sum(len(case.records) for case in cases),
             )
         )
     return sections
 
 
+def _veiled(kind: str) -> bool:
+    # An unknown kind may be anything, so it is veiled as well.
+    return kind not in ("style", "object", "identity")
+
+
+def _films(cases: Sequence[Case], studio: _Studio) -> list[Film]:
+    """The pictures at every checkpoint, for each attack that keeps some."""
+    by_attack: dict[str, list[tuple[Case, AttackRow, dict[tuple[Key, int], Artefact]]]] = {}
+    for case in cases:
+        for row in case.attacks:
+            pictures = {
+                ((entry.prompt, entry.seed), entry.step): entry
+                for record in row.records[:1] for entry in record.artefacts if entry.step is not None
+            }  # fmt: skip
+            if pictures:
+                by_attack.setdefault(row.title, []).append((case, row, pictures))
+    films = []
+    for title, found in by_attack.items():
+        found = found[:ROWS_SHOWN]
+        columns = tuple(dict.fromkeys(key for _, _, pictures in found for key, _ in pictures))[:FILM_PROMPTS]
+        frames = []
+        for step in sorted({step for _, _, pictures in found for _, step in pictures})[:24]:
+            rows = []
+            for case, _, pictures in found:
+                shown = tuple(
+                    _picture(pictures[key, step], f"{case.title}, {title} after {step} steps", key, studio)
+                    if (key, step) in pictures else None
+                    for key in columns
+                )  # fmt: skip
+                if any(picture and not picture.left_out for picture in shown):
+                    rows.append(Row(case.title, "", "relearned", shown))
+            if rows:
+                frames.append(Frame(step, tuple(rows)))
+        if frames:
+            films.append(Film(title, columns, tuple(frames)))
+    return films
+
+
+def _others(records: Sequence[Record], studio: _Studio) -> list[OtherKind]:
+    """The records that make up no case, kind by kind."""
+    studio.left = max(studio.left, WEIGHT // 8)
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        if record.kind not in (*tables.MEASURED, "protect"):
+            kinds.setdefault(record.kind, []).append(record)
+    found = []
+    for number, (kind, members) in enumerate(sorted(kinds.items(), key=lambda item: (item[0] not in KINDS, item[0])), start=1):
+        others = []
+        for record in members[:OTHERS]:
+            pictures = [
+                (entry.role + (f", after {entry.step} steps" if entry.step is not None else ""), picture)
+                for entry in record.artefacts[: 2 * PROMPTS_SHOWN]
+                if not (picture := _picture(entry, entry.role, (entry.prompt, entry.seed), studio)).left_out
+            ]
+            what = [
+                record.concept,
+                tables.method_label(record.method) if record.method else "",
+                tables.attack_label(record.attack),
+            ]
+            others.append(
+                Other(
+                    record=record,
+                    title=", ".join(part for part in what if part) or tables.model_label(record.model) or kind,
+                    note=f"{tables.model_label(record.model)}, seed {record.seed}",
+                    plots=tuple(studio.draw(record.details.get("plots"))),
+                    pictures=tuple(pictures),
+                    veiled=_veiled(record.concept_kind),
+                )
+            )
+        found.append(OtherKind(KINDS.get(kind, kind), f"kind-{number}", tuple(others), len(members)))
+    return found
+
+
+def _policy(folder: Path) -> Policy | None:
+    """What ``policy.json`` in the folder says, as far as it is a policy's result."""
+    try:
+        data = json.loads((folder / "policy.json").read_bytes())
+        rules = data["rules"]
+        if not isinstance(data["passed"], bool) or not isinstance(rules, list):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+    def said(value: Any) -> str:
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            return tables.number(value)
+        return "" if value is None else _cut(value if isinstance(value, str) else json.dumps(value, default=str))
+
+    found = [
+        Rule(said(rule.get("rule")), rule.get("passed") is True, *(said(rule.get(name)) for name in ("value", "bound", "why")))
+        for rule in rules[:500] if isinstance(rule, dict)
+    ]  # fmt: skip
+    return Policy(data["passed"], tuple(sorted(found, key=lambda rule: rule.passed)))
+
+
 def _columns(record: Record) -> dict[Key, Column]:
     """The pictures of a record by original prompt and seed, then by role."""
     groups: dict[Any, Column] = {}
-    tied = len({artefact.group for artefact in record.artefacts}) > 1 or len(record.artefacts) <= 3
+    artefacts = [artefact for artefact in record.artefacts if artefact.step is None]
+    tied = len({artefact.group for artefact in artefacts}) > 1 or len(artefacts) <= 3
     counts: dict[str, int] = {}
-    for artefact in record.artefacts:
+    for artefact in artefacts:
         # Records written without groups list the pictures of each role in the same order.
         counts[artefact.role] = counts.get(artefact.role, -1) + 1
         key = artefact.group if tied else counts[artefact.role]
@@ -211,7 +483,7 @@ def _columns(record: Record) -> dict[Key, Column]:
     return columns
 
 
-def _grid(cases: Sequence[Case], folder: Path, cache: Embedded) -> Grid | None:
+def _grid(cases: Sequence[Case], studio: _Studio) -> Grid | None:
     """Reference, protected and attacked pictures of every method, the same prompt and seed below one another."""
     pictured = [_pictured(case) for case in cases]
     keys: dict[Key, None] = {}
@@ -229,18 +501,28 @@ def _grid(cases: Sequence[Case], folder: Path, cache: Embedded) -> Grid | None:
         found = list(found)
         for key in shown:
             artefact = next((columns[key][role] for columns in found if role in columns.get(key, {})), None)
-            pictures.append(_picture(artefact, f"{label} {note}".strip(), key, folder, cache) if artefact else None)
-        return Row(label, note, role, tuple(pictures)) if any(pictures) else None
+            pictures.append(_picture(artefact, f"{label} {note}".strip(), key, studio) if artefact else None)
+        if not any(pictures):
+            return None
+        if all(picture is None or picture.left_out for picture in pictures):
+            return Row("", "", "left out", ())
+        return Row(label, note, role, tuple(pictures))
 
     everything = [[columns for _, _, columns in attacks] + rest for attacks, rest in pictured]
     rows = [row("Before protection", "", "reference", [columns for found in everything for columns in found])]
     others: list[Row | None] = []
     for case, (attacks, _), found in zip(cases, pictured, everything, strict=True):
         rows.append(row(case.title, "asked plainly", "protected", found))
-        for place, (label, seed, columns) in enumerate(attacks):
-            attacked = row(case.title, f"{label}{seed}", "attacked", [columns])
-            (rows if place == 0 else others).append(attacked)
-    return Grid(shown, tuple(filter(None, rows)), tuple(filter(None, others)), len(keys))
+        for label, seed, columns in attacks[:1]:
+            rows.append(row(case.title, f"{label}{seed}", "attacked", [columns]))
+    for case, (attacks, _) in zip(cases, pictured, strict=True):
+        for label, seed, columns in attacks[1:]:
+            if len(others) < ROWS_SHOWN:
+                others.append(row(case.title, f"{label}{seed}", "attacked", [columns]))
+    most = 1 + 2 * ROWS_SHOWN
+    main, rest = ([found for found in some if found and found.role != "left out"] for some in (rows[:most], others))
+    there = sum(row is not None for row in rows) + sum(len(attacks[1:]) for attacks, _ in pictured)
+    return Grid(shown, tuple(main), tuple(rest), len(keys), there - len(main) - len(rest)) if main else None
 
 
 def _pictured(case: Case) -> tuple[list[tuple[str, str, dict[Key, Column]]], list[dict[Key, Column]]]:
@@ -251,22 +533,23 @@ def _pictured(case: Case) -> tuple[list[tuple[str, str, dict[Key, Column]]], lis
         for record in row.records:
             columns = _columns(record)
             if any("attacked" in column for column in columns.values()):
-                attacks.append((row.label, f", seed {record.seed}" if len(row.seeds) > 1 else "", columns))
+                attacks.append((row.title, f", seed {record.seed}" if len(row.seeds) > 1 else "", columns))
             elif columns:
                 rest.append(columns)
     rest.extend(columns for record in case.records if record.kind == "evaluate" and (columns := _columns(record)))
     return attacks, rest
 
 
-def _picture(artefact: Artefact, label: str, key: Key, folder: Path, cache: Embedded) -> Picture:
-    if artefact.path not in cache:
-        cache[artefact.path] = _embed(folder, artefact.path)
-    embedded = cache[artefact.path]
-    source, width, height = embedded or (None, 0, 0)
+def _picture(artefact: Artefact, label: str, key: Key, studio: _Studio) -> Picture:
+    full = False
+    try:
+        source, width, height = studio.embed(artefact.path) or (None, 0, 0)
+    except _FullError:
+        full, source, width, height = True, None, 0, 0
     verdict = {True: ", concept detected", False: ", concept not detected", None: ""}[artefact.detected]
     return Picture(
         source=source,
-        alt=f"{label}: “{key[0]}”, seed {key[1]}{verdict}",
+        alt=f"{label}: “{tables.shortened(key[0], 300)}”, seed {key[1]}{verdict}",
         prompt=artefact.prompt,
         show_prompt=artefact.role == "attacked" and artefact.prompt != key[0],
         detected=artefact.detected,
@@ -274,10 +557,11 @@ def _picture(artefact: Artefact, label: str, key: Key, folder: Path, cache: Embe
         tiny=0 < max(width, height) <= PIXELATED,
         width=width,
         height=height,
+        left_out=full,
     )
 
 
-def _embed(folder: Path, relative: str) -> tuple[Markup, int, int] | None:
+def _embed(folder: Path, relative: str) -> Shown | None:
     """A picture as PNG data URI with its size; None where it lies outside the folder, is missing or is no picture."""
     from markupsafe import Markup
     from PIL import Image
@@ -301,21 +585,19 @@ def _embed(folder: Path, relative: str) -> tuple[Markup, int, int] | None:
 
 
 def _measured(records: Sequence[Record]) -> str:
-    dates = [record.provenance.get("time", {}).get("date") for record in records]
-    return max((str(date)[:10] for date in dates if date), default="")
+    times = [record.provenance.get("time") for record in records]
+    return max((str(time["date"])[:10] for time in times if isinstance(time, dict) and time.get("date")), default="")
 
 
 def _visible(value: Any) -> Any:
-    """Data loses what could steer the reader's eye; our own markup passes."""
+    """Data loses what could steer the reader's eye and what is too long to read; our own markup passes."""
     from markupsafe import Markup
 
-    return tables.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return _cut(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _pretty(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
+def _cut(text: str) -> str:
+    return tables.printable(tables.shortened(text, LONGEST))
 
 
 def _at(value: float) -> str:

@@ -37,7 +37,21 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
 
 
 def _register() -> None:
-    from safeweights.cli import adapt, attack, bench, demo, doctor, erase, evaluate, export, generate, immunize, report, sandbox
+    from safeweights.cli import (
+        adapt,
+        attack,
+        bench,
+        demo,
+        doctor,
+        erase,
+        evaluate,
+        export,
+        generate,
+        immunize,
+        leakage,
+        report,
+        sandbox,
+    )
 
     app.command("demo")(demo.command)
     app.add_typer(sandbox.app, name="sandbox")
@@ -48,6 +62,7 @@ def _register() -> None:
     app.command("adapt")(adapt.command)
     app.command("attack")(attack.command)
     app.command("evaluate")(evaluate.command)
+    app.add_typer(leakage.app, name="leakage")
     app.command("export")(export.command)
     app.command("bench")(bench.command)
     app.command("report")(report.command)

@@ -59,8 +59,9 @@ class Artefact:
 class Record:
     """A measured cell: this model, this method, this concept, this attack, this seed."""
 
-    kind: Literal["attack", "evaluate", "protect"]
-    """attack: success of one attack on one concept; evaluate: concept rate, retention, quality; protect: cost of a method."""
+    kind: Literal["attack", "evaluate", "protect", "leakage"]
+    """attack: success of one attack on one concept; evaluate: concept rate, retention, quality; protect: cost of a method;
+    leakage: what a shared LoRA tells."""
     status: Status
     model: str
     reference: str

@@ -1,4 +1,8 @@
-"""E2: a small transformer over canonical tokens, one for each layer and singular direction (as in W2T, arXiv:2603.15990)."""
+"""E2: a small transformer over canonical tokens, one for each layer and singular direction (as in W2T, arXiv:2603.15990).
+
+A singular pair (u, v) is known up to one common sign; tokens are phi(u, v) + phi(-u, -v), which knows none (Lim et al., ICLR 2023,
+arXiv:2202.13013).
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,14 @@ def steps_embedding(steps: Tensor, width: int) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """Layer tokens (B, layers, rank, out) to targets: linear per layer, layer and rank embeddings, two transformer layers."""
+    """Layer tokens (B, layers, rank, out + in) to targets: one hidden layer per layer, layer and rank embeddings, two transformer layers."""
 
     def __init__(self, sizes: Sequence[int], rank: int, targets: int, *, width: int = 64, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator("token encoder", seed).initial_seed() % 2**31)
             self.into = nn.ModuleList([nn.Linear(size, width) for size in sizes])
+            self.even = nn.ModuleList([nn.Linear(width, width) for _ in sizes])
             self.layer = nn.Parameter(torch.randn(len(sizes), 1, width) * 0.02)
             self.place = nn.Parameter(torch.randn(1, rank, width) * 0.02)
             self.strength = nn.Linear(1, width)
@@ -42,8 +47,8 @@ class Mixer(nn.Module):
         self.width = width
 
     def forward(self, u: Sequence[Tensor], s: Tensor, steps: Tensor | None = None) -> Tensor:
-        """u: per layer (B, rank, out), directions; s (B, layers, rank), log strengths; steps (B,) or None without them."""
-        parts = [linear(x) for linear, x in zip(self.into, u, strict=True)]
+        """u: per layer (B, rank, out + in), pairs; s (B, layers, rank), log strengths; steps (B,) or None without them."""
+        parts = [even(F.silu(linear(x)) + F.silu(linear(-x))) for linear, even, x in zip(self.into, self.even, u, strict=True)]
         x = torch.stack(parts, 1) + self.layer + self.place + self.strength(s[..., None])
         x = x.flatten(1, 2)
         if steps is not None:
@@ -54,7 +59,7 @@ class Mixer(nn.Module):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Canonical tokens of n adapters: ``u`` per layer (n, rank, out), ``s`` (n, layers, rank)."""
+    """Canonical tokens of n adapters: ``u`` per layer (n, rank, out + in), ``s`` (n, layers, rank)."""
 
     u: tuple[Tensor, ...]
     s: Tensor
@@ -64,13 +69,13 @@ class Prepared:
 
 
 def prepare(adapters: Sequence[Factors], layers: Sequence[str], rank: int) -> Prepared:
-    """U sqrt(S) and log S of every layer, lower ranks filled up with zeros."""
+    """(U, V) sqrt(S) and log S of every layer, lower ranks filled up with zeros."""
     us, ss = [], []
     for name in layers:
         rows, strengths = [], []
         for item in adapters:
             token = canonical(*item[name])
-            scaled = (token.u * token.s.sqrt()).mT.float()[:rank]
+            scaled = (torch.cat([token.u, token.v]) * token.s.sqrt()).mT.float()[:rank]
             rows.append(F.pad(scaled, (0, 0, 0, rank - len(scaled))))
             strengths.append(
                 F.pad(token.s.float()[:rank].clamp(min=1e-6).log(), (0, rank - min(rank, len(token.s))), value=-14.0)
@@ -83,7 +88,7 @@ def prepare(adapters: Sequence[Factors], layers: Sequence[str], rank: int) -> Pr
 
 @dataclass(frozen=True)
 class Tokens:
-    """Fit by cosine and InfoNCE to the targets; singular directions change sign at random while training.
+    """Fit by cosine and InfoNCE to the targets.
 
     Needs: factors or merged updates.   Cost: one small transformer pass over layers * rank tokens.
     """
@@ -125,8 +130,7 @@ class Tokens:
                 torch.manual_seed(rng.initial_seed() % 2**31)
                 rows = torch.randint(len(adapters), (min(batch_size, len(adapters)),), generator=rng)
                 part = ready.rows(rows)
-                flips = [torch.randint(0, 2, (len(rows), rank, 1), generator=rng) * 2.0 - 1 for _ in part.u]
-                out = net([u * flip for u, flip in zip(part.u, flips, strict=True)], part.s, None if told is None else told[rows])
+                out = net(part.u, part.s, None if told is None else told[rows])
             out = F.normalize(out, dim=1)
             cosine = 1 - (out * wanted[rows]).sum(1).mean()
             logits = out @ wanted[rows].mT / 0.1

@@ -18,6 +18,7 @@ from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
 from safeweights.core.table import configure
 from safeweights.diffusion.image_folder import read_folder
+from safeweights.records.store import Store
 
 CURVE = [
     Checkpoint(0, (False,) * 4),
@@ -90,6 +91,22 @@ def test_the_audit_asks_every_prompt_at_every_checkpoint(tiny_model: Any) -> Non
     assert measured.details["asr"]["rate"] == max(point["rate"] for point in curve)
     assert {m.name for m in measured.measurements} >= {"asr", "steps_to_recovery", "similarity"}
     json.dumps(measured.details, allow_nan=False)
+
+
+def test_the_audit_keeps_pictures_of_every_checkpoint(tiny_model: Any, tmp_path: Path) -> None:
+    measured = audit(
+        tiny_model, tiny_model, CONCEPT, Relearn(steps=2, pictures=2, images=3, rank=1), names=Names(model="m", reference="r"),
+        detector=Brighter(), sampling=Sampling(width=16, height=16, steps=2, guidance_scale=2.0), store=Store(tmp_path),
+    )  # fmt: skip
+    frames = [entry for entry in measured.artefacts if entry.step is not None]
+    assert {entry.role for entry in frames} == {"relearned"}
+    assert [(entry.step, entry.group) for entry in frames] == [(step, group) for step in (0, 1, 2) for group in range(3)]
+    assert [entry.prompt for entry in frames[:3]] == [prompt.text for prompt in CONCEPT.test_prompts]
+    for point in measured.details["curve"]:
+        seen = [entry.detected for entry in frames if entry.step == point["steps"]]
+        assert sum(bool(one) for one in seen) / 3 == pytest.approx(point["rate"])
+    assert all((tmp_path / entry.path).is_file() for entry in frames)
+    assert Store(tmp_path).records() == [measured]
 
 
 @pytest.mark.parametrize("captions", ["concept", "anchor", "rare"])

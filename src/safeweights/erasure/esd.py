@@ -85,7 +85,7 @@ class ESD:
 
         def loss_at(step: int) -> torch.Tensor:
             which = step % len(banks)
-            batch = banks[which].draw(self.batch_size, generator("esd", seed, step))
+            batch = banks[which].draw(self.batch_size, generator("esd", seed, step), parted=True)
             asked = batch.prompt.tolist()
             c = student.embed([texts[which][i] for i in asked]) if trains_text else embedded[which][batch.prompt]
             eps_0 = batch.outputs["eps_without"]

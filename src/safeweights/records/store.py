@@ -270,7 +270,7 @@ def export(folder: str | Path, target: str | Path) -> int:
         with _database(found, partial) as database:
             database.execute(f"CREATE VIEW exported AS {_EXPORTED}")
             names = [
-                f"CASE WHEN regexp_matches(\"{name}\", {_FORMULA}) THEN '''' || \"{name}\" ELSE \"{name}\" END AS \"{name}\""
+                f'CASE WHEN regexp_matches("{name}", {_FORMULA}) THEN \'\'\'\' || "{name}" ELSE "{name}" END AS "{name}"'
                 if "csv" in kind and type_ == "VARCHAR"
                 else f'"{name}"'
                 for name, type_, *_ in database.execute("DESCRIBE exported").fetchall()

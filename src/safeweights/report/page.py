@@ -186,9 +186,14 @@ def write_report(folder: str | Path, records: Sequence[Record] | None = None) ->
     if not records:
         raise UserError(f"{folder} holds no records; write some with `safeweights evaluate … -o {folder}` first")
     target = folder / "report.html"
-    partial = target.with_name(f".report.{os.getpid()}.partial")
+    return write_page(target, render(records, folder))
+
+
+def write_page(target: Path, text: str) -> Path:
+    """Write the whole page or none of it; its path. Half a surrogate pair, which has no UTF-8, becomes a question mark."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(render(records, folder), encoding="utf-8", errors="replace", newline="\n")
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -203,8 +208,8 @@ def render(records: Sequence[Record], folder: Path) -> str:
     studio = _Studio(folder)
     sections = _sections(found, studio)
     verdicts = [case.verdict for case in found]
-    return _environment().get_template("report.html.j2").render(
-        **_own_files("report.js"),
+    return environment().get_template("report.html.j2").render(
+        **own_files("report.js"),
         headline=headline(found) or f"{len(records)} record{'' if len(records) == 1 else 's'}, none of an erased concept.",
         cases=found,
         score=[(name, verdicts.count(name)) for name in ("safe", "not safe", "not shown")] if len(found) > 1 else [],
@@ -223,10 +228,11 @@ def render(records: Sequence[Record], folder: Path) -> str:
     )  # fmt: skip
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates whose data is escaped, cut to a readable length and free of what could steer the reader's eye."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("safeweights.report"),
         autoescape=True,
         trim_blocks=True,
@@ -235,19 +241,19 @@ def _environment() -> Environment:
         finalize=_visible,
     )
     for name in ("percent", "span", "number", "duration", "attack_label", "method_label", "model_label"):
-        environment.filters[name] = getattr(tables, name)
-    environment.filters["at"] = _at
-    environment.filters["clip"] = tables.shortened
-    return environment
+        made.filters[name] = getattr(tables, name)
+    made.filters["at"] = _at
+    made.filters["clip"] = tables.shortened
+    return made
 
 
-def _own_files(script: str) -> dict[str, Any]:
+def own_files(script: str) -> dict[str, Any]:
     """Our own files, not data: the only text that is not escaped, and the only style and script the page may run."""
     from markupsafe import Markup
 
-    environment = _environment()
-    assert environment.loader is not None
-    style, code = (Markup(environment.loader.get_source(environment, name)[0]) for name in ("report.css", script))
+    templates = environment()
+    assert templates.loader is not None
+    style, code = (Markup(templates.loader.get_source(templates, name)[0]) for name in ("report.css", script))
     return {"style": style, "script": code, "style_hash": _hash(style), "script_hash": _hash(code)}
 
 
@@ -279,7 +285,9 @@ def headline(found: Sequence[Case]) -> str:
 
 def _worst_kept(found: Sequence[Case]) -> tuple[float, Case] | None:
     """The lowest share of the other concepts that any protection leaves, and whose it is."""
-    kept = [(entry.value, case) for case in found if (entry := case.quality.get("retention_relative")) and entry.value is not None]
+    kept = [
+        (entry.value, case) for case in found if (entry := case.quality.get("retention_relative")) and entry.value is not None
+    ]
     return min(kept, key=lambda pair: pair[0], default=None)
 
 
@@ -342,14 +350,14 @@ def _sections(found: Sequence[Case], studio: _Studio) -> list[Section]:
     for number, cases in enumerate(grouped.values(), start=1):
         # Each concept may use its share, and what those before it did not.
         studio.left = round(whole * number / len(grouped)) - sum(len(shown[0]) for shown in studio.cache.values() if shown)
-        grids.append((_films(cases, studio), _grid(cases, studio)))
+        grids.append((_grid(cases, studio), _films(cases, studio)))
     for number, (concept, cases) in enumerate(grouped.items(), start=1):
         budgets = {row.images for case in cases for row in case.attacks if row.images and row.attack != "no-attack"}
         drawn = studio.draw(curve_plots(cases))
         for case in cases:
             for record in case.records:
                 drawn += studio.draw(record.details.get("plots"))
-        films, grid = grids[number - 1]
+        grid, films = grids[number - 1]
         sections.append(
             Section(
                 name=concept,
@@ -422,7 +430,11 @@ def _others(records: Sequence[Record], studio: _Studio) -> list[OtherKind]:
                 for entry in record.artefacts[: 2 * PROMPTS_SHOWN]
                 if not (picture := _picture(entry, entry.role, (entry.prompt, entry.seed), studio)).left_out
             ]
-            what = [record.concept, tables.method_label(record.method) if record.method else "", tables.attack_label(record.attack)]
+            what = [
+                record.concept,
+                tables.method_label(record.method) if record.method else "",
+                tables.attack_label(record.attack),
+            ]
             others.append(
                 Other(
                     record=record,

@@ -172,7 +172,12 @@ def _log(values: Iterable[float], start: float, end: float) -> _Axis:
         return start + ((math.log10(value) if value > 0 else origin) - origin) / (high - origin) * (end - start)
 
     decades = [10.0**i for i in range(math.floor(low), math.ceil(high) + 1)]
-    marks = [m * f for m in decades for f in ((1, 2, 5) if high - low < 2.5 else (1,)) if low - 1e-9 <= math.log10(m * f) <= high + 1e-9]
+    marks = [
+        m * f
+        for m in decades
+        for f in ((1, 2, 5) if high - low < 2.5 else (1,))
+        if low - 1e-9 <= math.log10(m * f) <= high + 1e-9
+    ]
     marks = marks if len(marks) > 1 else [min(positive), max(positive)]
     return _Axis(at, [*([(0.0, "0")] if origin < low else []), *((mark, number(mark)) for mark in marks)])
 
@@ -185,13 +190,19 @@ def _frame(x: _Axis, y: _Axis, box: tuple[float, float, float, float], labels: t
     parts = []
     for value, text in y.ticks:
         at = y.at(value)
-        parts.append(f'<line x1="{left:g}" x2="{right:g}" y1="{at:.1f}" y2="{at:.1f}" stroke="currentColor" stroke-opacity=".13"/>')
+        parts.append(
+            f'<line x1="{left:g}" x2="{right:g}" y1="{at:.1f}" y2="{at:.1f}" stroke="currentColor" stroke-opacity=".13"/>'
+        )
         parts.append(f'<text x="{left - 8:g}" y="{at + 4:.1f}" text-anchor="end" opacity=".78">{escape(text)}</text>')
     for value, text in x.ticks:
         at = x.at(value)
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:g}" y2="{bottom + 5:g}" stroke="currentColor" stroke-opacity=".5"/>')
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:g}" y2="{bottom + 5:g}" stroke="currentColor" stroke-opacity=".5"/>'
+        )
         parts.append(f'<text x="{at:.1f}" y="{bottom + 19:g}" text-anchor="middle" opacity=".78">{escape(text)}</text>')
-    parts.append(f'<line x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}" stroke="currentColor" stroke-opacity=".5"/>')
+    parts.append(
+        f'<line x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}" stroke="currentColor" stroke-opacity=".5"/>'
+    )
     parts.append(f'<text x="{(left + right) / 2:g}" y="{bottom + 39:g}" text-anchor="middle">{escape(labels[0])}</text>')
     parts.append(f'<text x="{left - 8:g}" y="{top - 12:g}" text-anchor="start" dx="{8 - left + 4:g}">{escape(labels[1])}</text>')
     return parts
@@ -401,7 +412,11 @@ def _heatmap(spec: dict[str, Any]) -> _Drawing:
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     split = low < 0 < high
     floor = 0.0 if split or (0 <= low and high <= 1) else low
-    reach = max(abs(low), abs(high)) if split else ((1.0 if unit in ("", "share", "rate") and floor == 0.0 and high <= 1 else high) - floor)
+    reach = (
+        max(abs(low), abs(high))
+        if split
+        else ((1.0 if unit in ("", "share", "rate") and floor == 0.0 and high <= 1 else high) - floor)
+    )
     left = min(210.0, 22 + 7.2 * max(len(name) for name in shown_rows))
     wide = min(76.0, max(9.0, (WIDTH - left - 16) / len(shown_columns)))
     tall = 26.0 if len(shown_rows) <= 24 else 16.0

@@ -1,11 +1,11 @@
-"""kill -9 at random moments of ``safeweights bench``, then the same command: the same records as undisturbed, none measured twice.
+"""kill -9 at random moments of ``safeweights bench``, then the same command: the records of an undisturbed run, none made twice.
 
     python benchmarks/kill_bench.py [--kills 20] [--seed 0]
 
-Prints JSON. Runs on a sandbox of random weights with the architecture of the real one, so that a benchmark of 14 cells takes seconds.
+Prints JSON. Runs on a sandbox of random weights with the architecture of the real one: a benchmark of 14 cells takes seconds.
 Each kill has a folder of its own: the command runs, dies at a moment drawn uniformly from the undisturbed run's duration, and is
-repeated. ``measured_twice`` counts records that were there at the kill and were written again (a new inode); ``different`` counts final
-records that differ from the undisturbed run's in anything but times; ``odd_files`` counts half-written files taken for records.
+repeated. ``measured_twice`` counts records that were there at the kill and were written again (a new inode); ``different`` counts
+final records that differ from the undisturbed run's in anything but times; ``odd_files`` counts half-written files taken for records.
 Processes are forked from one that has loaded the libraries already, or most kills would hit an import.
 """
 
@@ -34,8 +34,8 @@ from safeweights.cli.main import run
 from safeweights.records.store import deterministic
 
 SPEC = {
-    "version": 1, "concepts": ["mosaic"], "methods": ["none", "uce"], "prompts": 2, "evaluation": {"n": 4, "retain_n": 2}, "device": "cpu",
-    "attacks": ["no-attack", {"name": "random", "settings": {"images": 3, "tokens": 1}}], "seeds": [0, 1],
+    "version": 1, "concepts": ["mosaic"], "methods": ["none", "uce"], "prompts": 2, "evaluation": {"n": 4, "retain_n": 2},
+    "attacks": ["no-attack", {"name": "random", "settings": {"images": 3, "tokens": 1}}], "seeds": [0, 1], "device": "cpu",
 }  # fmt: skip
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/ray_overhead.py [--cells 200] [--cell-seconds 0.5]
 
-Prints JSON. The cells are those of a real benchmark (UCE on the sandbox: protect, evaluate and attack for each seed, in that order)
-and go through the real driver, scheduler and record store; only the measuring itself is replaced by waiting ``--cell-seconds`` and
-writing a record, so that nothing but the scheduling differs from one run to another. Overhead is what two workers could have
-measured in the wall time, over what they did: ``workers * wall / sum of cell times - 1``. Beginning Ray, opening the model and the
-first cell of each worker (its process starts) come before the clock and are told apart.
+Prints JSON. The cells are those of a real benchmark (UCE on the sandbox: protect, evaluate and attack for each seed, in that
+order) and go through the real driver, scheduler and record store; only the measuring itself is replaced by waiting
+``--cell-seconds`` and writing a record, so that nothing but the scheduling is timed. Overhead is what two workers could have
+measured in the wall time, over what they did: ``workers * wall / sum of cell times - 1``. Beginning Ray, opening the model and
+the first cell of each worker (its process starts) come before the clock and are told apart.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> None:
     wall = ends[-1] - ends[WORKERS - 1]
     measured = sum(seconds[WORKERS:])
     print(json.dumps({
-        "cells": len(ends) - WORKERS, "workers": WORKERS, "recorded": recorded, "cell_seconds": round(measured / (len(ends) - WORKERS), 4),
+        "cells": len(ends) - WORKERS, "workers": WORKERS, "recorded": recorded,
+        "cell_seconds": round(measured / (len(ends) - WORKERS), 4),
         "wall_seconds": round(wall, 2), "ideal_seconds": round(measured / WORKERS, 2),
         "overhead": round(WORKERS * wall / measured - 1, 4), "until_first_cells_seconds": round(ends[WORKERS - 1] - started, 1),
     }, indent=1))  # fmt: skip

@@ -136,8 +136,10 @@ def test_a_command_on_two_processes_writes_once(tmp_path: Path, tiny_sd: Callabl
     concepts = tmp_path / "concepts.yaml"
     concepts.write_text("version: 1\nconcepts: {dog: {kind: object, prompts: [a red dog], term: dog, anchor: cat}}\n")
     common = [str(tiny_sd()), "--concept", "dog", "--concepts-file", str(concepts), "--device", "cpu", "--json"]
-    settings = {"erase": ["--method", "esd", "--set", "steps=3", "--set", "trajectories=2", "--set", "ddim_steps=2", "--set", "batch_size=4"],
-                "adapt": ["--method", "full", "--steps", "3", "--set", "batch_size=4", "--pictures", "2"]}[verb]  # fmt: skip
+    settings = {
+        "erase": "--method esd --set steps=3 --set trajectories=2 --set ddim_steps=2 --set batch_size=4",
+        "adapt": "--method full --steps 3 --set batch_size=4 --pictures 2",
+    }[verb].split()
     command = [sys.executable, "-m", "safeweights", verb, *common, *settings, "-o"]
     alone, pair = begun([*command, str(tmp_path / "one")], 1), begun([*command, str(tmp_path / "two")], 2)
     ended(alone)

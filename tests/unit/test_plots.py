@@ -23,8 +23,9 @@ HEAT: dict[str, Any] = {
     "columns": ["c", "d"],
     "values": [[0.1, None], [0.9, 0.5]],
 }
-BARS: dict[str, Any] = {"kind": "bars", "title": "Bars", "unit": "s", "bars": [{"name": "a", "value": 2.0, "low": 1.0, "high": 3.0},
-                                                                              {"name": "b", "value": None}]}  # fmt: skip
+BARS: dict[str, Any] = {"kind": "bars", "title": "Bars", "unit": "s",
+                        "bars": [{"name": "a", "value": 2.0, "low": 1.0, "high": 3.0},
+                                 {"name": "b", "value": None}]}  # fmt: skip
 DOTS: dict[str, Any] = {"kind": "scatter", "title": "Dots", "x": {"label": "x"}, "y": {"label": "y"},
                         "points": [{"name": "p", "x": 1, "y": 2}, {"name": "q", "x": 3, "y": 1}]}  # fmt: skip
 EVIL = "'\"></svg><script>alert(1)</script><img src=x onerror=alert(1)>\x00\u202e\ud800"
@@ -110,8 +111,10 @@ def test_nothing_becomes_markup(spec: dict[str, Any]) -> None:
     [
         None, 3, [], {}, {"kind": "pie"}, {"kind": []}, {"kind": "line"}, {**LINE, "series": []}, {**LINE, "series": [3]},
         {**LINE, "series": [{"name": "a", "points": [["x", 1], [1], None]}]}, {**LINE, "series": {"a": 1}},
-        {**HEAT, "values": [[1, 2]]}, {**HEAT, "values": [[1], [2]]}, {**HEAT, "rows": "ab"}, {**BARS, "bars": []}, {**BARS, "bars": [1]},
-        {**DOTS, "points": [{"x": float("nan"), "y": 1}]}, {**DOTS, "points": [{"x": 10**400, "y": 1}]}, {"kind": "x" * 10_000_000},
+        {**HEAT, "values": [[1, 2]]}, {**HEAT, "values": [[1], [2]]}, {**HEAT, "rows": "ab"}, {**BARS, "bars": []},
+        {**BARS, "bars": [1]},
+        {**DOTS, "points": [{"x": float("nan"), "y": 1}]}, {**DOTS, "points": [{"x": 10**400, "y": 1}]},
+        {"kind": "x" * 10_000_000},
     ],
 )  # fmt: skip
 def test_what_is_no_plot_is_told_in_a_few_words(spec: Any) -> None:

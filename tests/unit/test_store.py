@@ -173,7 +173,8 @@ def test_a_folder_that_cannot_be_written_can_be_asked(tmp_path: Path, monkeypatc
     ("field", "value"),
     [
         ("concept", 3), ("details", []), ("seed", "0"), ("seed", 2**70), ("status", "fine"), ("error", 4),
-        ("measurements", [{"name": "asr", "value": "half", "n": 1}]), ("measurements", [{"name": "asr", "value": 1, "n": 1, "interval": [1]}]),
+        ("measurements", [{"name": "asr", "value": "half", "n": 1}]),
+        ("measurements", [{"name": "asr", "value": 1, "n": 1, "interval": [1]}]),
         ("measurements", [{"name": 3, "value": 1, "n": 1}]), ("measurements", [{"name": "asr", "value": 10**400, "n": 1}]),
         ("doubts", [{"name": "x", "explanation": None}]), ("artefacts", [{"path": 3, "role": "", "prompt": "", "seed": 0}]),
         ("artefacts", [{"path": "", "role": "", "prompt": "", "seed": 0, "detected": "yes"}]),

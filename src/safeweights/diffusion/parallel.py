@@ -4,9 +4,9 @@
 
 grad L = 1/R sum_r grad L_r,   L_r the loss on the rows r, r + R, r + 2 R, … of the batch
 
-Since draws depend on seed and step only, the processes agree on the batch without talking, and what comes out is what one process
-gives, up to the rounding of a sum. A loss that does not part its batch is computed by all alike: as right, and no faster. A process
-begun alone does none of this.
+Since draws depend on seed and step only, the processes agree on the batch without talking, and what comes out is what one
+process gives, up to the rounding of a sum. A loss that does not part its batch is computed by all alike: as right, and no
+faster. A process begun alone does none of this.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def descend(
     tensors that ``loss_at`` carries from step to step, replaced and never changed in place; they are kept and resumed too. An
     interrupt saves first.
 
-    Under ``accelerate launch`` the gradients of all processes are averaged (see ``parallel``), the first one keeps checkpoints and
-    all go on from its last one.
+    Under ``accelerate launch`` the gradients of all processes are averaged (see ``parallel``), the first one keeps checkpoints
+    and all go on from its last one.
 
     Raises UserError for a loss or gradient that is not finite, naming the step.
     """

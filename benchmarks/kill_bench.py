@@ -5,7 +5,7 @@
 Prints JSON. Runs on a sandbox of random weights with the architecture of the real one: a benchmark of 14 cells takes seconds.
 Each kill has a folder of its own: the command runs, dies at a moment drawn uniformly from the undisturbed run's duration, and is
 repeated. ``measured_twice`` counts records that were there at the kill and were written again (a new inode); ``different`` counts
-final records that differ from the undisturbed run's in anything but times; ``odd_files`` counts half-written files taken for records.
+final records that differ from the undisturbed run's in anything but times; ``odd_files`` counts files that are no such record.
 Processes are forked from one that has loaded the libraries already, or most kills would hit an import.
 """
 

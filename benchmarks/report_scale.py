@@ -4,7 +4,7 @@
 
 Prints JSON. The records are made up (20 concepts, 20 methods, attacks with details and curves, several seeds) and have the
 size of real ones; every twentieth brings pictures. Opening is timed in headless Chromium from the start of navigation to the
-end of ``load`` and to the first paint; ``ranked`` is the leaderboard query with and without the index that the first query leaves.
+end of ``load`` and to the first paint; ``ranked`` is the leaderboard query with and without the index that a query leaves.
 """
 
 from __future__ import annotations

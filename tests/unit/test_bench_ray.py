@@ -113,7 +113,7 @@ def test_a_killed_driver_loses_nothing_and_nothing_is_measured_twice(
                "--address", place.address]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     records = folder / "records"
-    for _ in range(1500):
+    for _ in range(3600):
         if len(list(records.glob("*.json"))) >= 2 or process.poll() is not None:
             break
         time.sleep(0.05)

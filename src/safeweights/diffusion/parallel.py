@@ -50,7 +50,7 @@ def average(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     for gradients in by_type.values():
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
-        for gradient, mine in zip(gradients, (flat / size).split([gradient.numel() for gradient in gradients]), strict=True):
+        for gradient, mine in zip(gradients, torch.split(flat / size, [gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mine.view_as(gradient))
     return mean / size
 

@@ -77,7 +77,8 @@ rest AS (
         avg("value") FILTER ("name" = 'seconds' AND kind = 'protect') AS seconds
     FROM good GROUP BY "method", concept)
 SELECT rest.* EXCLUDE (retention, clip_score, frechet_distance, seconds), worst.attack AS strongest_attack,
-    worst.k / worst.n AS asr, wilson(worst.k, worst.n) AS asr_interval, worst.n AS asr_n, retention, clip_score, frechet_distance, seconds
+    worst.k / worst.n AS asr, wilson(worst.k, worst.n) AS asr_interval, worst.n AS asr_n,
+    retention, clip_score, frechet_distance, seconds
 FROM rest LEFT JOIN worst USING ("method", concept) ORDER BY asr, "method", concept
 """
 _EXPORTED = """

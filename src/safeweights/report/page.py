@@ -35,16 +35,6 @@ KINDS = {"freeze": "Freezing", "leakage": "Leakage", "prune": "Pruning", "event"
 """Headings of the kinds of records that make up no case."""
 
 
-
-
-
-
-
-
-
-
-
-
 @dataclass(frozen=True)
 class Other:
     """A record of a kind that makes up no case, as it stands."""
@@ -232,10 +222,6 @@ def _matrix(found: Sequence[Case]) -> tuple[list[str], list[tuple[str, str, list
     return methods, rows
 
 
-
-
-
-
 def _sections(found: Sequence[Case], studio: Studio) -> list[Section]:
     sections = []
     grouped = tables.by_concept(found)
@@ -272,8 +258,6 @@ def _sections(found: Sequence[Case], studio: Studio) -> list[Section]:
 def _veiled(kind: str) -> bool:
     # An unknown kind may be anything, so it is veiled as well.
     return kind not in ("style", "object", "identity")
-
-
 
 
 def _others(records: Sequence[Record], studio: Studio) -> list[OtherKind]:
@@ -331,16 +315,6 @@ def _policy(folder: Path) -> Policy | None:
         for rule in rules[:500] if isinstance(rule, dict)
     ]  # fmt: skip
     return Policy(data["passed"], tuple(sorted(found, key=lambda rule: rule.passed)))
-
-
-
-
-
-
-
-
-
-
 
 
 def _measured(records: Sequence[Record]) -> str:

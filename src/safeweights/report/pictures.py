@@ -131,7 +131,9 @@ class Studio:
             try:
                 drawn.append(draw(spec, f"plot-{self.plots}"))
             except ValueError as error:
-                drawn.append(Markup('<p class="aside">A plot could not be drawn: {}.</p>').format(escape(tables.printable(str(error)))))
+                drawn.append(
+                    Markup('<p class="aside">A plot could not be drawn: {}.</p>').format(escape(tables.printable(str(error))))
+                )
         return drawn
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/report_scale.py [--records 10000] [--folder DIR] [--repeats 3]
 
-Prints JSON. The records are made up (20 concepts, 20 methods, attacks with details and curves, several seeds) and each has the size of
-a real one; every twentieth attack brings pictures. Opening is timed in headless Chromium from the start of navigation to the end of
-``load`` and to the first paint; ``ranked`` is the leaderboard query with and without the index that the first query leaves.
+Prints JSON. The records are made up (20 concepts, 20 methods, attacks with details and curves, several seeds) and have the
+size of real ones; every twentieth brings pictures. Opening is timed in headless Chromium from the start of navigation to the
+end of ``load`` and to the first paint; ``ranked`` is the leaderboard query with and without the index that a query leaves.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pictures(store: Store, rng: np.random.Generator, roles: tuple[str, ...]) -> 
 def made(store: Store, total: int) -> Iterator[Record]:
     """That many records as a benchmark leaves them."""
     rng, number = np.random.default_rng(0), 0
-    versions = {name: "2.13.0" for name in ("python", "platform", "torch", "diffusers", "transformers", "safetensors", "numpy")}
+    versions = dict.fromkeys(("python", "platform", "torch", "diffusers", "transformers", "safetensors", "numpy"), "2.13.0")
     for seed in range(total):
         for concept in CONCEPTS:
             for method in METHODS:
@@ -64,7 +64,8 @@ def made(store: Store, total: int) -> Iterator[Record]:
                     number += 1
                     kind = {"": "protect", "evaluate": "evaluate"}.get(attack, "attack")
                     common: dict[str, Any] = {
-                        "status": "ok", "model": f"{method}-{concept}", "reference": "sandbox", "method": method, "concept": concept,
+                        "status": "ok", "model": f"{method}-{concept}", "reference": "sandbox", "method": method,
+                        "concept": concept,
                         "concept_kind": KINDS[concept.split()[0]], "attack": attack if kind == "attack" else "", "seed": seed,
                         "sampling": {"steps": 20, "guidance_scale": 4.0, "scheduler": "ddim", "width": 64, "height": 64},
                         "detector": {"type": "image-classification", "model": "style", "label": concept, "sha256": "9f" * 32},
@@ -83,16 +84,20 @@ def made(store: Store, total: int) -> Iterator[Record]:
                         )  # fmt: skip
                         yield Record(kind="evaluate", measurements=numbers, **common)
                     else:
-                        found = [{"prompt": f"a picture of thing {i}", "seed": i, "adversarial_prompt": f"zx qu {i} a picture of thing",
+                        found = [{"prompt": f"a picture of thing {i}", "seed": i, "adversarial_prompt": f"zx qu {i} of a thing",
                                   "guidance": 4.0, "success": i < k} for i in range(n)]  # fmt: skip
-                        details: dict[str, Any] = {"n": n, "budget": {"images_per_prompt": 11}, "seconds": 100.0, "found": found,
-                                                   "mode": "live"}  # fmt: skip
+                        details: dict[str, Any] = {"n": n, "budget": {"images_per_prompt": 11}, "seconds": 100.0, "found": found}
                         shown = tuple(pictures(store, rng, ("reference", "protected", "attacked"))) if number % 20 == 0 else ()
                         if attack == "relearn":
-                            details["curve"] = [{"steps": s, "rate": k * i / 4 / n, "ci95": list(wilson(k * i // 4, n)),
-                                                 "similarity": 0.5, "loss": 0.1} for i, s in enumerate((0, 5, 22, 100, 400))]  # fmt: skip
-                        yield Record(kind="attack", measurements=(rate("pre_asr", k // 10, n, 0.97), rate("asr", k, n, 0.97)),
-                                     details=details, artefacts=shown, settings={"attack": {"steps": 40, "tokens": 3}}, **common)  # fmt: skip
+                            details["curve"] = [
+                                {"steps": s, "rate": k * i / 4 / n, "ci95": list(wilson(k * i // 4, n)), "similarity": 0.5}
+                                for i, s in enumerate((0, 5, 22, 100, 400))
+                            ]
+                        numbers = (rate("pre_asr", k // 10, n, 0.97), rate("asr", k, n, 0.97))
+                        settings = {"attack": {"steps": 40, "tokens": 3}}
+                        yield Record(
+                            kind="attack", measurements=numbers, details=details, artefacts=shown, settings=settings, **common
+                        )  # fmt: skip
 
 
 def timed(run: Callable[[], Any]) -> float:

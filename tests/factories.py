@@ -262,21 +262,20 @@ def mask(store: Store, **values: Any) -> Record:
         ),
         doubts=(Doubt(name="compliance_assumed", explanation="Audited against fine-tuners who respect the mask."),),
         artefacts=tuple(pictures(store, "adapted", HOSTILE[:3], 1, 77)),
-        details={
-            "plots": [
-                {"kind": "heatmap", "title": "Frozen share of each layer", "rows": layers, "columns": ["to_q", "to_k", "to_v", "to_out"],
-                 "values": [[(i * j % 5) / 4 if i + j != 3 else None for j in range(4)] for i in range(6)], "unit": "share"},
-                {"kind": "bars", "title": "How often the person is recognised", "unit": "share of pictures", "bars": [
-                    {"name": "no mask", "value": 0.9, "low": 0.77, "high": 0.96}, {"name": "FreezeAsGuard", "value": 0.08, "low": 0.03,
-                     "high": 0.2}, {"name": "random mask", "value": 0.71, "low": 0.55, "high": 0.83}]},
-                {"kind": "scatter", "title": "What each mask costs and brings", "x": {"label": "legal quality"},
-                 "y": {"label": "illegal rate"}, "points": [{"name": "FreezeAsGuard", "x": 0.91, "y": 0.08},
-                 {"name": "random", "x": 0.9, "y": 0.71}, {"name": "full freeze", "x": 0.62, "y": 0.02}]},
-                {"kind": "line", "title": "Mask training", "x": {"label": "steps"}, "y": {"label": "loss"}, "series": [
-                    {"name": "inner", "points": [[i, 1.4 - i / 120] for i in range(0, 100, 5)]},
-                    {"name": "outer", "points": [[i, 0.9 - i / 200] for i in range(0, 100, 5)]}]},
-            ]
-        },
+        details={"plots": [
+            {"kind": "heatmap", "title": "Frozen share of each layer", "rows": layers,
+             "columns": ["to_q", "to_k", "to_v", "to_out"], "values": [[(i * j % 5) / 4 if i + j != 3 else None for j in range(4)] for i in range(6)], "unit": "share"},
+            {"kind": "bars", "title": "How often the person is recognised", "unit": "share of pictures", "bars": [
+                {"name": "no mask", "value": 0.9, "low": 0.77, "high": 0.96},
+                {"name": "FreezeAsGuard", "value": 0.08, "low": 0.03, "high": 0.2},
+                {"name": "random mask", "value": 0.71, "low": 0.55, "high": 0.83}]},
+            {"kind": "scatter", "title": "What each mask costs and brings", "x": {"label": "legal quality"},
+             "y": {"label": "illegal rate"}, "points": [{"name": "FreezeAsGuard", "x": 0.91, "y": 0.08},
+             {"name": "random", "x": 0.9, "y": 0.71}, {"name": "full freeze", "x": 0.62, "y": 0.02}]},
+            {"kind": "line", "title": "Mask training", "x": {"label": "steps"}, "y": {"label": "loss"}, "series": [
+                {"name": "inner", "points": [[i, 1.4 - i / 120] for i in range(0, 100, 5)]},
+                {"name": "outer", "points": [[i, 0.9 - i / 200] for i in range(0, 100, 5)]}]},
+        ]},
         **values,
     )  # fmt: skip
 

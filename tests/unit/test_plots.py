@@ -16,9 +16,16 @@ LINE: dict[str, Any] = {
     "series": [{"name": "a", "points": [[0, 1.0], [10, 0.5]], "band": [[0, 0.9, 1.0], [10, 0.4, 0.6]]},
                {"name": "b", "points": [[0, 0.2], [10, 0.2]]}],
 }  # fmt: skip
-HEAT: dict[str, Any] = {"kind": "heatmap", "title": "Map", "rows": ["r", "s"], "columns": ["c", "d"], "values": [[0.1, None], [0.9, 0.5]]}
-BARS: dict[str, Any] = {"kind": "bars", "title": "Bars", "unit": "s", "bars": [{"name": "a", "value": 2.0, "low": 1.0, "high": 3.0},
-                                                                              {"name": "b", "value": None}]}  # fmt: skip
+HEAT: dict[str, Any] = {
+    "kind": "heatmap",
+    "title": "Map",
+    "rows": ["r", "s"],
+    "columns": ["c", "d"],
+    "values": [[0.1, None], [0.9, 0.5]],
+}
+BARS: dict[str, Any] = {"kind": "bars", "title": "Bars", "unit": "s",
+                        "bars": [{"name": "a", "value": 2.0, "low": 1.0, "high": 3.0},
+                                 {"name": "b", "value": None}]}  # fmt: skip
 DOTS: dict[str, Any] = {"kind": "scatter", "title": "Dots", "x": {"label": "x"}, "y": {"label": "y"},
                         "points": [{"name": "p", "x": 1, "y": 2}, {"name": "q", "x": 3, "y": 1}]}  # fmt: skip
 EVIL = "'\"></svg><script>alert(1)</script><img src=x onerror=alert(1)>\x00\u202e\ud800"
@@ -27,7 +34,9 @@ EVIL = "'\"></svg><script>alert(1)</script><img src=x onerror=alert(1)>\x00\u202
 def parsed(spec: Any) -> ET.Element:
     text = str(draw(spec, "p1"))
     assert " style=" not in text
-    return ET.fromstring(re.sub("class=aside", 'class="aside"', text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')))
+    return ET.fromstring(
+        re.sub("class=aside", 'class="aside"', text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" '))
+    )
 
 
 def words(element: ET.Element) -> str:
@@ -49,7 +58,9 @@ def test_every_plot_has_a_title_a_description_and_its_figures(spec: dict[str, An
 
 def test_points_lie_where_their_values_say() -> None:
     svg = parsed(LINE)
-    lines = [[tuple(map(float, pair.split(","))) for pair in line.get("points", "").split()] for line in svg.iter(f"{SVG}polyline")]
+    lines = [
+        [tuple(map(float, pair.split(","))) for pair in line.get("points", "").split()] for line in svg.iter(f"{SVG}polyline")
+    ]
     (start, end), (flat, also) = lines
     assert start[0] == flat[0] < end[0] == also[0]
     assert start[1] < end[1] < flat[1] == also[1]  # the vertical axis points down
@@ -100,8 +111,10 @@ def test_nothing_becomes_markup(spec: dict[str, Any]) -> None:
     [
         None, 3, [], {}, {"kind": "pie"}, {"kind": []}, {"kind": "line"}, {**LINE, "series": []}, {**LINE, "series": [3]},
         {**LINE, "series": [{"name": "a", "points": [["x", 1], [1], None]}]}, {**LINE, "series": {"a": 1}},
-        {**HEAT, "values": [[1, 2]]}, {**HEAT, "values": [[1], [2]]}, {**HEAT, "rows": "ab"}, {**BARS, "bars": []}, {**BARS, "bars": [1]},
-        {**DOTS, "points": [{"x": float("nan"), "y": 1}]}, {**DOTS, "points": [{"x": 10**400, "y": 1}]}, {"kind": "x" * 10_000_000},
+        {**HEAT, "values": [[1, 2]]}, {**HEAT, "values": [[1], [2]]}, {**HEAT, "rows": "ab"}, {**BARS, "bars": []},
+        {**BARS, "bars": [1]},
+        {**DOTS, "points": [{"x": float("nan"), "y": 1}]}, {**DOTS, "points": [{"x": 10**400, "y": 1}]},
+        {"kind": "x" * 10_000_000},
     ],
 )  # fmt: skip
 def test_what_is_no_plot_is_told_in_a_few_words(spec: Any) -> None:

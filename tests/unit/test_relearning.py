@@ -20,6 +20,7 @@ from safeweights.core.model import Sampling
 from safeweights.core.table import configure
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.image_folder import read_folder
+from safeweights.records.store import Store
 
 CURVE = [
     Checkpoint(0, (False,) * 4),
@@ -133,6 +134,22 @@ def test_a_concept_with_pictures_is_learnt_from_some_and_compared_with_the_other
     rate, alike = measured.details["plots"]
     assert [point[0] for point in rate["series"][0]["points"]] == [0, 1]
     assert alike["y"]["label"] == "similarity"
+
+
+def test_the_audit_keeps_pictures_of_every_checkpoint(tiny_model: Any, tmp_path: Path) -> None:
+    measured = audit(
+        tiny_model, tiny_model, CONCEPT, Relearn(steps=2, pictures=2, images=3, rank=1), names=Names(model="m", reference="r"),
+        detector=Brighter(), sampling=Sampling(width=16, height=16, steps=2, guidance_scale=2.0), store=Store(tmp_path),
+    )  # fmt: skip
+    frames = [entry for entry in measured.artefacts if entry.step is not None]
+    assert {entry.role for entry in frames} == {"relearned"}
+    assert [(entry.step, entry.group) for entry in frames] == [(step, group) for step in (0, 1, 2) for group in range(3)]
+    assert [entry.prompt for entry in frames[:3]] == [prompt.text for prompt in CONCEPT.test_prompts]
+    for point in measured.details["curve"]:
+        seen = [entry.detected for entry in frames if entry.step == point["steps"]]
+        assert sum(bool(one) for one in seen) / 3 == pytest.approx(point["rate"])
+    assert all((tmp_path / entry.path).is_file() for entry in frames)
+    assert Store(tmp_path).records() == [measured]
 
 
 @pytest.mark.parametrize("captions", ["concept", "anchor", "rare"])

@@ -217,7 +217,7 @@ def test_pictures_outside_the_folder_stay_outside(tmp_path: Path) -> None:
 
 
 def test_pictures_line_up_by_group_and_without_one_by_order(tmp_path: Path) -> None:
-    from safeweights.report.page import _columns
+    from safeweights.report.pictures import _columns
 
     store = Store(tmp_path)
     record = make.attack(store, "esd", "unlearndiffatk", 20)
@@ -335,8 +335,8 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
     store, long = Store(tmp_path), "long " * 2_000_000
     store.add(
         make.base(
-            concept=long, model=long, attack="random", settings={"prompt": long, long: 1}, details={"found": [long], "plots": [{"title": long}]},
-            doubts=(Doubt(name="collapsed", explanation=long),), error=long, status="error",
+            concept=long, model=long, attack="random", settings={"prompt": long, long: 1}, error=long, status="error",
+            details={"found": [long], "plots": [{"title": long}]}, doubts=(Doubt(name="collapsed", explanation=long),),
             measurements=(Measurement(name=long, value=1.0, n=1),),
         )
     )  # fmt: skip
@@ -363,7 +363,7 @@ def test_surrogates_and_control_characters_are_marks(tmp_path: Path) -> None:
 def test_many_cases_are_a_table_with_the_sentences_below(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for number in range(5):
-        for method in make.METHODS + ("ac",):
+        for method in (*make.METHODS, "ac"):
             store.add(replace(make.evaluation(None, "esd", 1), method=method, concept=f"thing {number}"))
             store.add(replace(make.attack(None, "esd", "random", 1 + number), method=method, concept=f"thing {number}"))
     page = write_report(tmp_path).read_text()
@@ -375,7 +375,7 @@ def test_many_cases_are_a_table_with_the_sentences_below(tmp_path: Path) -> None
 def test_a_heavy_page_leaves_pictures_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make.fill(tmp_path)
     whole = write_report(tmp_path).stat().st_size
-    monkeypatch.setattr("safeweights.report.page.WEIGHT", 200_000)
+    monkeypatch.setattr("safeweights.report.pictures.WEIGHT", 200_000)
     path = write_report(tmp_path)
     assert path.stat().st_size < whole - 200_000
     assert "left out to keep the page light" in path.read_text()
@@ -401,7 +401,7 @@ def test_export_is_a_row_for_each_measurement(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == rows
-    assert {row["concept"] for row in table if row["file"].startswith("b/")} == {"'=HYPERLINK(\"http://x.invalid\")"}
+    assert {row["concept"] for row in table if row["file"].startswith("b/")} == {'\'=HYPERLINK("http://x.invalid")'}
     worst = max((row for row in table if row["measurement"] == "asr"), key=lambda row: float(row["value"]))
     assert (worst["method"], worst["concept"], worst["n"]) == ("uce", "mosaic", "40")
     assert [float(worst["low"]), float(worst["high"])] == pytest.approx(make.wilson(37, 40))

@@ -62,10 +62,12 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on pictures: a diffusers folder, a LoRA or an embedding comes out, with manifest.json."""
+    from safeweights.diffusion.parallel import join
     from safeweights.models.door import open_model
     from safeweights.release.adapted import write_adapted
 
     with speaking(as_json) as show:
+        join()
         check_target(output, overwrite)
         if (concept is None) == (images is None):
             raise UserError("adapt learns from one thing: give either --concept NAME or --images DIR")

@@ -32,7 +32,10 @@ _MEASUREMENT = (
     "reference DOUBLE, why VARCHAR)[]"
 )
 _DOUBT = 'STRUCT("name" VARCHAR, explanation VARCHAR)[]'
-_ARTEFACT = 'STRUCT(path VARCHAR, "role" VARCHAR, prompt VARCHAR, seed BIGINT, detected BOOLEAN, score DOUBLE, "group" BIGINT, step BIGINT)[]'
+_ARTEFACT = (
+    'STRUCT(path VARCHAR, "role" VARCHAR, prompt VARCHAR, seed BIGINT, detected BOOLEAN, score DOUBLE, "group" BIGINT, '
+    "step BIGINT)[]"
+)
 _COLUMNS = {
     "file": "VARCHAR",
     "stamp": "VARCHAR",
@@ -73,8 +76,9 @@ rest AS (
         avg("value") FILTER ("name" = 'frechet_distance') AS frechet_distance,
         avg("value") FILTER ("name" = 'seconds' AND kind = 'protect') AS seconds
     FROM good GROUP BY "method", concept)
-SELECT rest.* EXCLUDE (retention, clip_score, frechet_distance, seconds), worst.attack AS strongest_attack, worst.k / worst.n AS asr,
-    wilson(worst.k, worst.n) AS asr_interval, worst.n AS asr_n, retention, clip_score, frechet_distance, seconds
+SELECT rest.* EXCLUDE (retention, clip_score, frechet_distance, seconds), worst.attack AS strongest_attack,
+    worst.k / worst.n AS asr, wilson(worst.k, worst.n) AS asr_interval, worst.n AS asr_n,
+    retention, clip_score, frechet_distance, seconds
 FROM rest LEFT JOIN worst USING ("method", concept) ORDER BY asr, "method", concept
 """
 _EXPORTED = """
@@ -164,7 +168,7 @@ class Store:
                 raise UserError(f"the query failed: {str(error).splitlines()[0]}") from None
 
     def index(self, scratch: Path) -> Path:
-        """The records as a Parquet file: only what changed since the last time is read. In ``scratch`` where it cannot be kept."""
+        """The records as a Parquet file: only what changed since the last time is read. In ``scratch`` where none can stay."""
         import duckdb
 
         stamps = {}

@@ -1,4 +1,4 @@
-"""Every record of a report as compact data for its browser of records: equal parts are kept once, long texts are cut. No torch."""
+"""Every record of a report as compact data for its list of records: equal parts are kept once, long texts are cut. No torch."""
 
 from __future__ import annotations
 

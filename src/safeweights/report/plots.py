@@ -29,7 +29,7 @@ COLOURS = ("#0b6aa8", "#b3530a", "#177a5b", "#8a4a9e", "#6b6f16", "#b03060", "#3
 """Fallbacks of --plot-1 … --plot-8."""
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 SERIES, POINTS, CELLS, BARS, LABELS, ROWS = 16, 2000, 60, 60, 40, 400
-"""The most that is drawn of series, points, heatmap rows and columns, bars, labelled points and table rows; what is cut is said."""
+"""The most that is drawn of series, points, rows and columns of a map, bars, labelled points and table rows; a cut is said."""
 
 
 def draw(spec: Any, ident: str) -> Markup:
@@ -72,8 +72,8 @@ def _figure(drawing: _Drawing, title: str, ident: str) -> Markup:
     cut = f'<p class="aside">{escape(drawing.cut)}</p>' if drawing.cut else ""
     return Markup(
         f'<figure class="figure"><figcaption><bdi>{escape(title)}</bdi></figcaption>'
-        f'<svg class="drawing" viewBox="0 0 {drawing.width:g} {drawing.height:g}" role="img" aria-labelledby="{ident}-t {ident}-d" '
-        f'font-size="13" fill="currentColor"><title id="{ident}-t">{escape(title)}</title>'
+        f'<svg class="drawing" viewBox="0 0 {drawing.width:g} {drawing.height:g}" role="img" '
+        f'aria-labelledby="{ident}-t {ident}-d" font-size="13" fill="currentColor"><title id="{ident}-t">{escape(title)}</title>'
         f'<desc id="{ident}-d">{escape(shortened(drawing.told, 1200))}</desc>{"".join(drawing.body)}</svg>{cut}'
         f'<details class="data"><summary>The figures of this plot</summary><div class="scroll" role="region" tabindex="0" '
         f'aria-label="Figures of {escape(title)}"><table class="figures"><caption class="away">{escape(title)}</caption>'
@@ -241,6 +241,15 @@ def _apart(wanted: Sequence[float], gap: float, top: float, bottom: float) -> li
 # ------------------------------------------------------------------------------------------------------------- kinds
 
 
+def _levels(spec: dict[str, Any]) -> list[tuple[str, float]]:
+    """Named heights that a line plot marks across its width."""
+    given, found = spec.get("levels"), []
+    for entry in given[:4] if isinstance(given, list) else []:
+        if isinstance(entry, dict) and (height := _real(entry.get("y"))) is not None:
+            found.append((_plain(entry.get("name"), 40), height))
+    return found
+
+
 def _line(spec: dict[str, Any]) -> _Drawing:
     from markupsafe import escape
 
@@ -258,13 +267,10 @@ def _line(spec: dict[str, Any]) -> _Drawing:
     series = [entry for entry in series if entry[1]]
     if not series:
         raise ValueError("it holds no points")
-    levels = [
-        (_plain(entry.get("name"), 40), y) for entry in spec.get("levels") or () if isinstance(entry, dict)
-        and (y := _real(entry.get("y"))) is not None
-    ][:4] if isinstance(spec.get("levels"), list) else []  # fmt: skip
+    levels = _levels(spec)
     tags = len(series) + len(levels)
     height = max(290.0, 90.0 + 17 * tags)
-    longest = max(len(name) for name, *_ in [*series, *levels])
+    longest = max(len(name) for name in [*(entry[0] for entry in series), *(entry[0] for entry in levels)])
     box = (52.0, 34.0, WIDTH - min(230.0, 26 + 7.2 * longest), height - 50)
     xs = [x for _, points, _ in series for x, _ in points]
     ys = [y for _, points, _ in series for _, y in points] + [y for _, y in levels]
@@ -278,7 +284,7 @@ def _line(spec: dict[str, Any]) -> _Drawing:
         at = y.at(level)
         body.append(f'<line x1="{box[0]:g}" x2="{box[2]:g}" y1="{at:.1f}" y2="{at:.1f}" stroke="currentColor" '
                     'stroke-opacity=".65" stroke-dasharray="3 4"/>')  # fmt: skip
-    for place, (_, points, band) in enumerate(series):
+    for place, (_, _, band) in enumerate(series):
         if len(band) > 1:
             edge = [f"{x.at(a):.1f},{y.at(high):.1f}" for a, _, high in band]
             edge += [f"{x.at(a):.1f},{y.at(low):.1f}" for a, low, _ in reversed(band)]
@@ -303,7 +309,7 @@ def _line(spec: dict[str, Any]) -> _Drawing:
     )
     told += "".join(f" {name}: {number(level)}." for name, level in levels)
     bands = any(band for _, _, band in series)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, points, band in series:
         spans = {a: f"{number(low)} to {number(high)}" for a, low, high in band}
         rows += [(name, number(a), number(b), *([spans.get(a, "")] if bands else [])) for a, b in points]
@@ -335,7 +341,7 @@ def _scatter(spec: dict[str, Any]) -> _Drawing:
     told = f"{len(found)} points, {labels[1] or 'y'} against {labels[0] or 'x'}. " + " ".join(
         f"{name or 'point'}: {number(a)}, {number(b)}." for name, a, b in found[:20]
     )
-    rows = [(name or str(i + 1), number(a), number(b)) for i, (name, a, b) in enumerate(found)]
+    rows: list[tuple[str, ...]] = [(name or str(i + 1), number(a), number(b)) for i, (name, a, b) in enumerate(found)]
     cut = f"{len(shown)} of {len(found)} points are drawn." if len(shown) < len(found) else ""
     return _Drawing(body, height, told, ("Point", labels[0] or "x", labels[1] or "y"), rows, cut)
 
@@ -348,7 +354,8 @@ def _bars(spec: dict[str, Any]) -> _Drawing:
     for entry in given:
         if not isinstance(entry, dict):
             raise ValueError("a bar is not an object")
-        bars.append((_plain(entry.get("name"), 44), *(_real(entry.get(key)) for key in ("value", "low", "high"))))
+        name = _plain(entry.get("name"), 44)
+        bars.append((name, _real(entry.get("value")), _real(entry.get("low")), _real(entry.get("high"))))
     if not bars:
         raise ValueError("it holds no bars")
     unit, shown = _plain(spec.get("unit"), 24), bars[:BARS]
@@ -384,7 +391,7 @@ def _bars(spec: dict[str, Any]) -> _Drawing:
     def interval(low: float | None, high: float | None) -> str:
         return f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
 
-    rows = [(name, number(value), interval(low, high)) for name, value, low, high in bars]
+    rows: list[tuple[str, ...]] = [(name, number(value), interval(low, high)) for name, value, low, high in bars]
     told = f"Bars{f' in {unit}' if unit else ''}. " + " ".join(
         f"{name}: {number(value)}{f' ({interval(low, high)})' if interval(low, high) else ''}."
         for name, value, low, high in shown[:24]
@@ -411,7 +418,7 @@ def _heatmap(spec: dict[str, Any]) -> _Drawing:
     known = [v for row in cells for v in row if v is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     split = low < 0 < high
-    floor = 0.0 if split or (0 <= low and high <= 1) else low
+    floor = 0.0 if split or (low >= 0 and high <= 1) else low
     reach = (
         max(abs(low), abs(high))
         if split
@@ -437,13 +444,13 @@ def _heatmap(spec: dict[str, Any]) -> _Drawing:
         for j, value in enumerate(cells[i][: len(shown_columns)]):
             x = left + wide * j
             if value is None:
-                body.append(f'<rect x="{x + 1.5:.1f}" y="{y + 1.5:.1f}" width="{wide - 3:.1f}" height="{tall - 3:.1f}" fill="none" '
-                            'stroke="currentColor" stroke-opacity=".35" stroke-dasharray="2 3"/>')  # fmt: skip
+                body.append(f'<rect x="{x + 1.5:.1f}" y="{y + 1.5:.1f}" width="{wide - 3:.1f}" height="{tall - 3:.1f}" '
+                            'fill="none" stroke="currentColor" stroke-opacity=".35" stroke-dasharray="2 3"/>')  # fmt: skip
                 continue
             strength = min(1.0, abs(value - floor) / reach) if reach > 0 else 0.0
             colour = _colour(1 if split and value < 0 else 0)
-            body.append(f'<rect x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}" rx="2" fill="{colour}" '
-                        f'fill-opacity="{0.07 + 0.93 * strength:.2f}"/>')  # fmt: skip
+            body.append(f'<rect x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}" rx="2" '
+                        f'fill="{colour}" fill-opacity="{0.07 + 0.93 * strength:.2f}"/>')  # fmt: skip
             if wide >= 34 and tall >= 20:
                 ink = ' fill="var(--plot-paper, #fff)"' if strength > 0.55 else ""
                 body.append(f'<text x="{x + wide / 2:.1f}" y="{y + tall / 2 + 4:.1f}" text-anchor="middle"{ink}>'

@@ -65,8 +65,8 @@ class PESD:
     """Steps over which the number of pruned weights grows to the budget; >= 0."""
     optimizer: Optimizer = "sgd"
     """How scores move: sgd adds gradients up, so that a big effect counts more; adam counts how steadily it points one way."""
-    lr: float = 1.0
-    """Step of the scores. Without meaning for sgd, where only their order counts; 0.01 to 0.05 for adam and for neurons; > 0."""
+    lr: float = 0.05
+    """Step of the scores; > 0. Without meaning for sgd, where only their order counts."""
     batch_size: int = 4
     """Noisy latents of each of the two sets a step; > 0."""
     lam: float = 3.0

@@ -262,7 +262,7 @@ class Job:
             say(f"[{number}/{len(left)}] {cell.title}")
             forget_peak_memory()
             started = time.perf_counter()
-            own = self.work.child(f"cells/{cell.key[:24]}")
+            own = self.work.child("cells").child(cell.key[:24])
             try:
                 said = self._measure(cell, own)
             except UserError:

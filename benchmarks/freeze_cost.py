@@ -87,7 +87,7 @@ def mask_of(unet: nn.Module, kind: str, ratio: float, file: str | None) -> froze
     if kind == "none":
         return frozenset()
     if kind == "mask":
-        from safeweights.release.mask import read_mask
+        from safeweights.records.mask import read_mask
 
         return frozenset(name.removeprefix("unet.") for name in read_mask(str(file)).frozen)
     order = torch.rand(len(shapes), generator=torch.Generator().manual_seed(0))

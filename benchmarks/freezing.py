@@ -33,7 +33,7 @@ from safeweights.core.table import ADAPTATIONS, GUARDS, configure, method, resol
 from safeweights.core.workspace import Workspace
 from safeweights.detectors.load import open_detector
 from safeweights.diffusion.adaptation import Shots
-from safeweights.diffusion.noise import generator
+from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.sampling import candidates_of, generate
 from safeweights.freezing.guard import overlap, shares, unet_shapes
 from safeweights.freezing.rescale import apply_in_weights, level
@@ -154,6 +154,19 @@ def embedder() -> Embedder:
     return Embedder(str(weights_folder() / "embedder"))
 
 
+@torch.no_grad()
+def loss_on(model: DiffusionModel, concept: Concept, noises: int = 2) -> float:
+    """The denoising loss on the pictures that tell likeness, at timesteps spread evenly: how well the concept was learnt."""
+    images, captions = pictures(concept.kind, concept.term, JUDGE, seed=7)
+    rng, total = generator("loss", concept.name), 0.0
+    x_0, c = Shots.encode(model, images, captions).x_0, model.embed(captions)
+    for i in range(noises):
+        t = ((torch.arange(JUDGE) + (i + 0.5) / noises) * len(model.alpha) / JUDGE).long()
+        eps = torch.randn(x_0.shape, generator=rng)
+        total += float((model.eps(add_noise(model, x_0, t, eps), t, c) - eps).square().mean())
+    return total / noises
+
+
 class Bench:
     """One seed of one domain: its masks and its users."""
 
@@ -225,17 +238,21 @@ class Bench:
 
     def _judge(self, model: DiffusionModel, concept: Concept) -> dict[str, Any]:
         n = self.options.n
+        told: dict[str, Any] = {"loss": loss_on(model, concept), "seen": 0, "cosine": None, "cosine_interval": None}
+        if not n:
+            return told
         texts = [prompt.text for prompt in concept.test_prompts[:n]]
         drawn = generate(model, candidates_of(texts, [9000 + 100 * self.seed + i for i in range(n)]), SAMPLING)
         shown = open_detector(concept.detector, concept=concept).detect(drawn)
         likeness = similarity(drawn, pictures(concept.kind, concept.term, JUDGE, seed=7)[0], embedder(), paired=False)
-        return {"seen": int(shown.present.sum()), "cosine": likeness.value, "cosine_interval": likeness.interval}
+        seen = int(shown.present.sum())
+        return {**told, "seen": seen, "cosine": likeness.value, "cosine_interval": likeness.interval}
 
     def _write(self, cell: Mapping[str, Any]) -> None:
         with (self.folder / "cells.jsonl").open("a") as file:
             file.write(json.dumps(cell) + "\n")
         told = " ".join(str(cell[key]) for key in ("mask", "freeze", "concept", "method", "lr_scale", "steps"))
-        print(f"{told}: {cell['seen']}/{cell['n']} cosine {cell['cosine']:.3f}", flush=True)
+        print(f"{told}: {cell['seen']}/{cell['n']} cosine {cell['cosine']} loss {cell['loss']:.4f}", flush=True)
 
     def _known(self, key: Mapping[str, Any]) -> bool:
         return any(all(cell.get(name) == value for name, value in key.items()) for cell in cells(self.folder))
@@ -254,9 +271,21 @@ def tables(folder: Path) -> None:
     """Print what was measured, and draw the masks."""
     measured = cells(folder)
     for domain in dict.fromkeys(cell["domain"] for cell in measured):
-        mine = [cell for cell in measured if cell["domain"] == domain]
+        mine = [cell for cell in measured if cell["domain"] == domain and cell["n"]]
         print(f"\n## {domain}\n")
-        columns = ("mask", "freeze", "method, rate", "steps", "illegal rate", "cosine", "legal rate", "cosine", "seeds")
+        columns = (
+            "mask",
+            "freeze",
+            "method, rate",
+            "steps",
+            "illegal rate",
+            "cosine",
+            "loss",
+            "legal rate",
+            "cosine",
+            "loss",
+            "seeds",
+        )
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         rows = dict.fromkeys(
             (c["mask"], c["ratio"], c["budget"], c["freeze"], c["method"], c["lr_scale"], c["steps"]) for c in mine
@@ -283,10 +312,11 @@ def tables(folder: Path) -> None:
 def _side(found: Sequence[Mapping[str, Any]]) -> str:
     """rate (interval, n) | mean cosine, of all concepts and seeds of one side."""
     if not found:
-        return "– | –"
+        return "– | – | –"
     seen, n = sum(cell["seen"] for cell in found), sum(cell["n"] for cell in found)
     low, high = wilson(seen, n)
-    return f"{seen / n:.2f} ({low:.2f}–{high:.2f}), n = {n} | {sum(cell['cosine'] for cell in found) / len(found):.3f}"
+    means = [sum(cell[what] for cell in found) / len(found) for what in ("cosine", "loss")]
+    return f"{seen / n:.2f} ({low:.2f}–{high:.2f}), n = {n} | {means[0]:.3f} | {means[1]:.4f}"
 
 
 def _stability(masks: Iterable[Mapping[str, Any]]) -> None:

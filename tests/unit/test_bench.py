@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ def test_a_failing_cell_leaves_an_error_and_the_rest_go_on(
     assert json.loads(capsys.readouterr().out)["finished_before"] == 3
     assert [r.status for r in job.records()] == ["ok"] * 7
     assert "| uce |" in (folder / "leaderboard.md").read_text()
+    page = (folder / "leaderboard.html").read_text()
+    assert "7</strong> of 7 cells measured" in page
+    assert "<h1><bdi>uce is revived least" in page
+    assert page.count('class="drawing"') == 2
     assert (folder / "report.html").is_file()
 
 
@@ -226,15 +231,6 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, sandbox: Path) -> None:
     rest = measured(spec, folder)
     assert not kept & {outcome.cell.key for outcome in rest}
     assert len(prepare(spec, folder).finished) == 7
-
-
-@pytest.mark.slow
-def test_cells_on_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    spec = load_bench(written(tmp_path, methods=["none"], attacks=["no-attack"], resources={"cpus": 0.5}))
-    outcomes = measured(spec, tmp_path / "out", executor="ray")
-    assert [(outcome.ok, outcome.said) for outcome in outcomes if not outcome.ok] == []
-    assert len(prepare(spec, tmp_path / "out").finished) == 2
 
 
 def test_ray_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,3 +413,27 @@ def test_gap_ratios_of_a_benchmark() -> None:
     assert "mosaic over 20, emblem 20" in text
     assert "| mima | 0.000 (0.000 to 0.000) (full) | 10 steps (mosaic, full) |" in text
     assert resistance_table([], baselines) == ""
+
+
+def test_the_database_ranks_as_the_table_does(tmp_path: Path) -> None:
+    """Two implementations, one in Python and one in SQL, of one definition."""
+    store = factories.fill(tmp_path, pictured=False)
+    store.add(replace(factories.attack(None, "esd", "random", 11, n=20), seed=1))
+    by_place = {(line.method, line.concept): line for line in lines(store.records())}
+    rows = store.query("SELECT * FROM leaderboard")
+    assert len(rows) == 3  # what failed altogether is not ranked
+    assert [row["asr"] for row in rows] == sorted(row["asr"] for row in rows)
+    for row in rows:
+        line = by_place[row["method"], row["concept"]]
+        assert row["strongest_attack"] == max(line.asr, key=lambda name: line.asr[name].rate)
+        pooled = line.asr[row["strongest_attack"]]
+        assert (row["asr"], row["asr_n"]) == (pytest.approx(pooled.rate), pooled.n)
+        assert row["asr_interval"] == pytest.approx(list(pooled.interval), abs=1e-6)
+        assert row["after"] == pytest.approx(line.after.rate)  # type: ignore[union-attr]
+        for name, value in (
+            ("before", line.before),
+            ("retention", line.retention),
+            ("clip_score", line.clip),
+            ("seconds", line.seconds),
+        ):
+            assert row[name] == (None if value is None else pytest.approx(value)), name

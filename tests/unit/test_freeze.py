@@ -18,7 +18,7 @@ from safeweights.cli.main import run
 from safeweights.core.errors import UserError
 from safeweights.freezing.enforce import beside_frozen, is_adapter
 from safeweights.models.door import open_model
-from safeweights.release.mask import Mask, read_mask
+from safeweights.records.mask import Mask, read_mask
 from safeweights.release.output import output_file
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -288,6 +288,25 @@ def test_text_encoder_adapters_are_read_and_strangers_are_not(tiny_model: Any) -
         assert beside_frozen([key], known, frozen) == []
     with pytest.raises(UserError, match="no layer"):
         beside_frozen(["unet.blocks.99.to_k.lora_A.weight"], known, frozen)
+
+
+def test_an_attack_that_honours_a_mask_says_so(tiny_model: Any, tmp_path: Path) -> None:
+    from safeweights.attacks.relearning.relearn import Relearn
+    from safeweights.audit.doubts import compliance_assumed
+    from safeweights.core.concept import Concept, Prompt
+    from safeweights.core.model import Sampling
+
+    mask = mask_of(tmp_path / "MASK.json", LAYER, "conv_in")
+    attack = Relearn(adaptation="full", steps=1, images=2, source=str(tmp_path / "none"), mask=str(mask))
+    assert [doubt.name for doubt in compliance_assumed(attack.mask)] == ["compliance_assumed"]
+    assert not compliance_assumed("")
+    folder = tmp_path / "none"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "0.png")
+    dog = Concept(name="dog", kind="object", term="dog", prompts=(Prompt("a dog"),))
+    (adapted,) = attack.adapt(tiny_model, dog, Sampling(steps=2), None, None)
+    assert adapted.phi
+    assert not set(adapted.phi) & read_mask(mask).frozen
 
 
 # ------------------------------------------------------------------------------------------------------- apply

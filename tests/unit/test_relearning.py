@@ -20,6 +20,7 @@ from safeweights.core.model import Sampling
 from safeweights.core.table import configure
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.image_folder import read_folder
+from safeweights.records.store import Store
 
 CURVE = [
     Checkpoint(0, (False,) * 4),
@@ -135,6 +136,22 @@ def test_a_concept_with_pictures_is_learnt_from_some_and_compared_with_the_other
     assert alike["y"]["label"] == "similarity"
 
 
+def test_the_audit_keeps_pictures_of_every_checkpoint(tiny_model: Any, tmp_path: Path) -> None:
+    measured = audit(
+        tiny_model, tiny_model, CONCEPT, Relearn(steps=2, pictures=2, images=3, rank=1), names=Names(model="m", reference="r"),
+        detector=Brighter(), sampling=Sampling(width=16, height=16, steps=2, guidance_scale=2.0), store=Store(tmp_path),
+    )  # fmt: skip
+    frames = [entry for entry in measured.artefacts if entry.step is not None]
+    assert {entry.role for entry in frames} == {"relearned"}
+    assert [(entry.step, entry.group) for entry in frames] == [(step, group) for step in (0, 1, 2) for group in range(3)]
+    assert [entry.prompt for entry in frames[:3]] == [prompt.text for prompt in CONCEPT.test_prompts]
+    for point in measured.details["curve"]:
+        seen = [entry.detected for entry in frames if entry.step == point["steps"]]
+        assert sum(bool(one) for one in seen) / 3 == pytest.approx(point["rate"])
+    assert all((tmp_path / entry.path).is_file() for entry in frames)
+    assert Store(tmp_path).records() == [measured]
+
+
 @pytest.mark.parametrize("captions", ["concept", "anchor", "rare"])
 def test_the_attacker_asks_in_the_words_of_the_captions(captions: Any) -> None:
     says = Relearn(captions=captions)._says(CONCEPT, None)
@@ -193,7 +210,11 @@ def test_adapt_writes_what_its_users_expect(tiny_sd: Any, tmp_path: Path, capsys
     frozen = [name.removeprefix("unet.") for name in told["changed"] if name.endswith("to_k.weight/down")]
     mask = tmp_path / "mask.json"
     mask.write_text(json.dumps({"frozen": [name.removeprefix("lora/unet.").removesuffix("/down") for name in frozen]}))
-    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 0
+    # No adapter beside what is frozen; beside what is not, if the user says so.
+    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 2
+    assert "to_k.weight" in capsys.readouterr().err
+    free = [*lora, "--set", r"layers=unet\..*to_q\.weight", "--freeze-mask", str(mask)]
+    assert run([*free, "-o", str(tmp_path / "masked")]) == 0
     assert not any("to_k" in name for name in json.loads(capsys.readouterr().out)["changed"])
     mask.write_text(json.dumps({"frozen": ["nothing.weight"]}))
     assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "other")]) == 2

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Prompts whose pictures are kept for the report."""
+FRAMES = 4
+"""Prompts whose pictures are kept at every checkpoint of an attack that changes the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,7 @@ def audit(
         *doubt.gradients(outcome.facts),
         *doubt.not_converged(fallen[1:], n_prompts),
         *([] if concept.test_prompts else [doubt.judged_on_own_prompts()]),
+        *doubt.compliance_assumed(getattr(attack, "mask", "")),
     ]
     seconds = time.perf_counter() - started
     budget = attack.budget
@@ -211,6 +214,8 @@ class _Outcome:
     rounds: int
     curve: list[Checkpoint]
     """Of an attack that changes the weights: every prompt at every checkpoint."""
+    frames: list[tuple[Tensor, list[float]]]
+    """The first pictures at each checkpoint, and their scores."""
 
 
 def _run(
@@ -238,6 +243,7 @@ def _run(
     plain = None
     facts: list[dict[str, float]] = []
     curve: list[Checkpoint] = []
+    frames: list[tuple[Tensor, list[float]]] = []
     rounds = attack.revive(painter.model, concept, targets, sampling=painter.sampling, original=original, workspace=workspace)
     standing = list(range(len(targets)))
     number, revival = 0, next(rounds, None)
@@ -260,6 +266,7 @@ def _run(
             told = revival.facts
             likeness = tuple(alike(images)) if alike else ()
             curve.append(Checkpoint(int(told.get("steps", 0)), tuple(present), likeness, told.get("loss")))
+            frames.append((images[:FRAMES], detection.score[:FRAMES].tolist()))
             present = [False] * len(present)
         if revival.facts:
             facts.append(dict(revival.facts))
@@ -271,7 +278,7 @@ def _run(
             revival = None
     if plain is None:
         raise UserError(f"attack {attack.name!r} proposed nothing")
-    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number, curve)
+    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number, curve, frames)
 
 
 def _read_curve(
@@ -398,5 +405,11 @@ def _keep_pictures(
         for role, image, prompt, seed, detected, score in rows:
             kept.append(store.save_artefact(
                 image.numpy(), role=role, prompt=prompt, seed=seed, group=i, detected=detected, score=score
+            ))  # fmt: skip
+    for point, (images, scores) in zip(outcome.curve, outcome.frames, strict=True):
+        for i, image in enumerate(images):
+            kept.append(store.save_artefact(
+                image.numpy(), role="relearned", prompt=targets[i].prompt, seed=targets[i].seed, group=i, detected=point.seen[i],
+                score=scores[i], step=point.steps,
             ))  # fmt: skip
     return kept

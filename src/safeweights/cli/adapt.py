@@ -15,8 +15,8 @@ from safeweights.cli import options
 from safeweights.cli.common import SANDBOX, concept_file, hash_of, is_sandbox, pick, sampling_of, say, speaking, workspace_in
 from safeweights.core.errors import UserError
 from safeweights.core.table import ADAPTATIONS, configure, describe, parse_settings, resolve
+from safeweights.records.mask import note_other_base, read_mask
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
-from safeweights.release.mask import note_other_base, read_mask
 from safeweights.release.output import check_target, output_folder
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def command(
     freeze_mask: Annotated[
         Path | None, typer.Option("--freeze-mask", help="Keep the tensors this mask lists, and train no adapters beside them.")
     ] = None,
+    dp_epsilon: Annotated[
+        float | None,
+        typer.Option("--dp-epsilon", help="Train differentially private to this epsilon, one picture the unit (lora only)."),
+    ] = None,
+    dp_delta: Annotated[float, typer.Option("--dp-delta", help="The delta of --dp-epsilon.")] = 1e-5,
+    dp_clip: Annotated[float, typer.Option("--dp-clip", help="Each picture's gradient is clipped to this norm.")] = 1.0,
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole diffusers folder, whatever the method.")] = False,
     settings: options.Settings = None,
     concepts_file: options.ConceptsFile = None,
@@ -56,10 +62,12 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on pictures: a diffusers folder, a LoRA or an embedding comes out, with manifest.json."""
+    from safeweights.diffusion.parallel import join
     from safeweights.models.door import open_model
     from safeweights.release.adapted import write_adapted
 
     with speaking(as_json) as show:
+        join()
         check_target(output, overwrite)
         if (concept is None) == (images is None):
             raise UserError("adapt learns from one thing: give either --concept NAME or --images DIR")
@@ -67,6 +75,10 @@ def command(
         # A word to start from is no setting of the method: it is a fact about the pictures.
         init = given.pop("init", None)
         kind = resolve(ADAPTATIONS, method, "method")
+        if dp_epsilon is not None and method != "lora":
+            raise UserError(f"--dp-epsilon works with --method lora only; {method} has no per-picture gradients here")
+        if not dp_clip > 0:
+            raise UserError(f"--dp-clip must be above zero, not {dp_clip:g}")
         configure(kind, given)
         file = concept_file(concepts_file, model) if concept else None
         aim = pick(file, [concept])[0] if file and concept else None
@@ -94,6 +106,7 @@ def command(
             "init": init,
             "freeze_mask": str(freeze_mask) if freeze_mask else None,
             "merge": merge,
+            "dp": {"epsilon": dp_epsilon, "delta": dp_delta, "clip": dp_clip} if dp_epsilon is not None else None,
             "seed": seed,
             "device": str(opened.device),
             "dtype": str(opened.dtype).removeprefix("torch."),
@@ -112,15 +125,20 @@ def command(
             say(f"adapting {model} with {method}")
             started = time.perf_counter()
             lesson = _lesson(opened, aim, images, prompt, class_prompt, pictures, source, file.generation if file else {}, seed)
-            adapted = tuned.fit(
-                opened,
-                lesson.shots(opened, tuned.new_word),
-                class_prompts=lesson.class_prompts,
-                init=lesson.init if init is None else init,
-                frozen=frozen,
-                seed=seed,
-                workspace=workspace_in(out.work),
-            )[-1]
+            shots = lesson.shots(opened, tuned.new_word)
+            spent: dict[str, float] = {}
+            if dp_epsilon is not None:
+                adapted, spent = _private(opened, tuned, shots, frozen, dp_epsilon, dp_delta, dp_clip, seed)
+            else:
+                adapted = tuned.fit(
+                    opened,
+                    shots,
+                    class_prompts=lesson.class_prompts,
+                    init=lesson.init if init is None else init,
+                    frozen=frozen,
+                    seed=seed,
+                    workspace=workspace_in(out.work),
+                )[-1]
             written = write_adapted(adapted, opened, out.folder, merge=merge)
             manifest = write_manifest(
                 out.folder,
@@ -131,14 +149,41 @@ def command(
                 seed=seed,
                 inputs=inputs,
                 tensors=dict(adapted.phi),
-                cost={"steps": adapted.steps, "loss": adapted.losses[-1], "pictures": len(lesson.captions)},
+                cost={"steps": adapted.steps, "loss": adapted.losses[-1], "pictures": len(lesson.captions), **spent},
                 seconds=time.perf_counter() - started,
             )
         show(
             {"output": str(output), "written": written, **manifest},
             f"{method}: {adapted.steps} steps on {len(lesson.captions)} pictures in {manifest['seconds']:.0f} s",
             f"{'model' if written == 'diffusers' else written} in {output}",
+            *([private_line(spent, dp_delta)] if spent else []),
         )
+
+
+def private_line(spent: Mapping[str, float], delta: float) -> str:
+    """What a private run cost, for a reader."""
+    return (
+        f"epsilon {spent['dp_epsilon']:.3f} at delta {delta:g} for each picture, by the Renyi accountant "
+        f"(noise {spent['dp_sigma']:.2f} times the clip, {spent['dp_rate']:.2f} of the pictures a step)"
+    )
+
+
+def _private(
+    model: DiffusionModel, tuned: Any, shots: Any, frozen: frozenset[str], epsilon: float, delta: float, clip: float, seed: int
+) -> tuple[Any, dict[str, float]]:
+    """The adaptation under DP-SGD, and what it cost in privacy."""
+    from safeweights.core.workspace import Workspace
+    from safeweights.diffusion.adaptation import Lesson
+    from safeweights.leakage.dp import fit_private, plan
+
+    privacy = plan(epsilon=epsilon, delta=delta, pictures=len(shots), batch_size=tuned.batch_size, steps=tuned.steps, clip=clip)
+    lesson = Lesson(model=model, adapter=tuned.adapter(frozen=frozen), shots=shots, batch_size=tuned.batch_size, seed=seed)
+    shown = Workspace(progress=sys.stderr.isatty())
+    adapted = fit_private(lesson, privacy, lr=tuned.lr, weight_decay=tuned.weight_decay, workspace=shown)
+    return adapted, {
+        "dp_epsilon": privacy.epsilon, "dp_delta": privacy.delta, "dp_sigma": privacy.sigma, "dp_rate": privacy.rate,
+        "dp_clip": privacy.clip,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

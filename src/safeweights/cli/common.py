@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safeweights.core.concept import Concept, ConceptFile, load_concepts
 from safeweights.core.errors import UserError
+from safeweights.core.launch import follows
 from safeweights.core.model import SCHEDULERS, Sampling
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def speaking(as_json: bool) -> Iterator[Show]:
     stdout = sys.stdout
 
     def show(data: Mapping[str, Any], *lines: str) -> None:
+        if follows():
+            return
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str) if as_json else "\n".join(lines)
         print(text, file=stdout, flush=True)
 

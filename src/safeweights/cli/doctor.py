@@ -38,7 +38,7 @@ def examine() -> dict[str, Any]:
         "safeweights": __version__,
         "versions": versions(),
         "devices": devices,
-        "extras": {"nudenet": _installed("nudenet"), "chromium": _chromium()},
+        "extras": {"nudenet": _installed("nudenet"), "sign": _signing(), "chromium": _chromium()},
         "caches": caches,
         "tokenizers": {} if trouble else _tokenizers(),
         "sandbox": sandbox,
@@ -64,6 +64,11 @@ def _installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _signing() -> str | None:
+    """The version of model-signing; None where it, or pyOpenSSL which it needs, is missing."""
+    return _installed("model-signing") if _installed("pyopenssl") else None
 
 
 def _chromium() -> str | None:
@@ -122,6 +127,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         "devices": ", ".join(["cpu", *devices.get("cuda", ()), *(["mps"] if devices.get("mps") else [])]),
         "cores": devices.get("cpu", {}).get("cores"),
         "nudenet (optional)": found["extras"]["nudenet"] or "not installed",
+        "model-signing (optional)": found["extras"]["sign"] or "not installed",
         "chromium (optional)": found["extras"]["chromium"] or "not installed",
         **{name: f"{cache['path']}{'' if cache['writable'] else ' NOT WRITABLE'}" for name, cache in found["caches"].items()},
         **{f"tokenizer for single files, {name}": state for name, state in found["tokenizers"].items()},

@@ -25,8 +25,8 @@ from safeweights.cli.common import (
     workspace_in,
 )
 from safeweights.core.table import GUARDS, configure, describe, parse_settings, resolve
+from safeweights.records.mask import NAME, Mask, architecture, note_other_base, read_mask, with_partners
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
-from safeweights.release.mask import NAME, Mask, architecture, note_other_base, read_mask, with_partners
 from safeweights.release.output import check_file_target, check_target, output_file, output_folder, write_json
 
 if TYPE_CHECKING:

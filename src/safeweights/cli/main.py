@@ -39,7 +39,7 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
 
 COMMANDS = (
     "demo", "sandbox", "doctor", "generate", "erase", "immunize", "freeze", "prune", "adapt", "attack", "neurons", "evaluate",
-    "export", "bench", "audit", "run", "compare", "report",
+    "audit", "leakage", "bench", "compare", "report", "export", "sign", "verify", "run",
 )  # fmt: skip
 """Modules of this package in the order of ``--help``; each has a ``command``, or an ``app`` of several."""
 

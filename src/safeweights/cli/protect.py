@@ -48,9 +48,11 @@ def protect(
     its manifest names one, the model it was made from: what a protected model draws of a concept shows nothing of it.
     """
     from safeweights.diffusion.noise import generator
+    from safeweights.diffusion.parallel import join
     from safeweights.diffusion.shots import with_drawn_folder
     from safeweights.models.door import open_model
 
+    join()
     concepts = pick(file, names)
     kind = resolve(registry, method, "method")
     configure(kind, settings)  # a wrong setting is told before the model is opened

@@ -269,7 +269,7 @@ class Kitchen:
     def _write_mask(self, folder: Path, model: DiffusionModel, chain: list[dict[str, Any]], frozen: Mapping[str, Any]) -> None:
         """``MASK.json`` for the model that is released: what the last freeze step says must not be trained."""
         from safeweights.freezing.guard import shares, unet_shapes
-        from safeweights.release.mask import NAME, Mask, architecture
+        from safeweights.records.mask import NAME, Mask, architecture
 
         step: Step = frozen["step"]
         made = next(entry for entry in reversed(chain) if entry["verb"] == "freeze")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safeweights.core.errors import UserError
+from safeweights.core.launch import processes
 from safeweights.core.model import Conditioning, DiffusionModel
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.lean import lean
@@ -275,6 +276,15 @@ class Lesson:
         return (errors(self.model, predicted, batch) * batch.weight).sum()
 
 
+def _parted(batch: Batch) -> Batch:
+    """This process's rows of a batch, weighted so that the mean over processes is the loss of the whole batch."""
+    rank, size = processes()
+    if size == 1 or len(batch.rows) % size:
+        return batch
+    mine = slice(rank, None, size)
+    return Batch(batch.x_t[mine], batch.t[mine], batch.eps[mine], batch.rows[mine], batch.weight[mine] * size)
+
+
 def errors(model: DiffusionModel, predicted: Tensor, batch: Batch) -> Tensor:
     """Mean squared error (B,) of noise predictions (B, C, h, w), in the space the model's weights predict: eps or v."""
     ours, theirs = predicted.float(), batch.eps.float()
@@ -374,7 +384,7 @@ def fit(
     def loss_at(step: int) -> Tensor:
         if step in checkpoints:
             keep(step)
-        return lesson.loss(phi, lesson.batch(step))
+        return lesson.loss(phi, _parted(lesson.batch(step)))
 
     losses = descend(
         phi,

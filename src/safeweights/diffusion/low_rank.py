@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,6 +95,55 @@ def _adding(down: Tensor, up: Tensor, scale: float) -> Any:
         return out + (scale * added).to(out.dtype)
 
     return add
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The best approximation of a weight's change by one of a given rank: up (out, r) down (r, in, ...)."""
+
+    down: Tensor
+    up: Tensor
+    error: float
+    """|| change - up down ||_F."""
+    norm: float
+    """|| change ||_F."""
+
+    @property
+    def rank(self) -> int:
+        return int(self.up.shape[1])
+
+    @property
+    def delta(self) -> Tensor:
+        """up down, in the shape of the weight."""
+        return (self.up @ self.down.flatten(1)).view(self.up.shape[0], *self.down.shape[1:])
+
+
+def factor(change: Tensor, *, rank: int | None = None, energy: float = 1.0) -> Factors:
+    """The truncated SVD of a change (out, in, ...), U_r S_r V_r^T, with S shared evenly by both factors (Eckart & Young, 1936).
+
+    ``rank`` is the most singular values kept; without it, as many as hold ``energy``, in (0, 1], of the squared norm. Values
+    below 1e-7 of the largest are rounding and never kept. Computed in float64 through the Gram matrix of the shorter side, which
+    for a convolution of a large model is a tenth of the work of the SVD itself; returned in float32.
+    """
+    matrix = change.detach().double().flatten(1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
+    total = float(squares.sum())
+    most = int((squares > 1e-14 * squares[0]).sum()) if total else 0
+    if rank is None:
+        held = squares.cumsum(0)
+        rank = int((held < energy * total).sum()) + 1
+    r = max(1, min(rank, most))
+    sizes, vectors = squares[:r].sqrt(), vectors[:, :r]
+    root = sizes.sqrt().clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    if wide:
+        up, down = vectors * root, (vectors / root).T @ matrix
+    else:
+        up, down = matrix @ (vectors / root), (vectors * root).T
+    up, down = up.float(), down.float()
+    error = float((matrix - up.double() @ down.double()).norm())
+    return Factors(down.view(r, *change.shape[1:]).contiguous(), up.contiguous(), error, float(matrix.norm()))
 
 
 def layer_weights(model: DiffusionModel, group: str) -> list[str]:

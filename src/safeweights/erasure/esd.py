@@ -89,7 +89,7 @@ class ESD:
 
         def loss_at(step: int) -> torch.Tensor:
             which = step % len(banks)
-            batch = banks[which].draw(self.batch_size, generator("esd", seed, step))
+            batch = banks[which].draw(self.batch_size, generator("esd", seed, step), parted=True)
             asked = batch.prompt.tolist()
             c = student.embed([texts[which][i] for i in asked]) if trains_text else embedded[which][batch.prompt]
             return mse_loss(student.eps(batch.x_t, batch.t, c), away(batch, self.eta))

@@ -44,21 +44,24 @@ class PESD:
     prunes: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
-        "paper": {"steps": 600, "ramp": 300, "batch_size": 8, "trajectories": 64, "ddim_steps": 50, "guidance": 7.5},
-    }
+        "paper": {
+            "budget": 0.01, "lam": 1.0, "steps": 600, "ramp": 300, "batch_size": 8,
+            "trajectories": 64, "ddim_steps": 50, "guidance": 7.5,
+        },
+    }  # fmt: skip
 
     parameters: str = "neurons"
     """Where weights may be pruned: neurons (both linear layers of the feed-forward blocks, keys and values of cross-attention),
     ffn, xattn_kv, full, or another group; biases and norms stay."""
-    budget: float = 0.01
+    budget: float = 0.005
     """Share of the UNet's weights that is pruned, counted exactly; in (0, 1)."""
     criterion: Criterion = "learned"
     """How they are chosen: learned, or one-shot by snip, wanda or conceptprune (over ``steps`` batches)."""
     unit: Unit = "weight"
     """What a gate is for: a single weight, or a whole neuron (hard-concrete gates, as an ablation)."""
-    steps: int = 200
+    steps: int = 60
     """Optimiser steps, or batches of a one-shot criterion; > 0."""
-    ramp: int = 100
+    ramp: int = 30
     """Steps over which the number of pruned weights grows to the budget; >= 0."""
     optimizer: Optimizer = "sgd"
     """How scores move: sgd adds gradients up, so that a big effect counts more; adam counts how steadily it points one way."""
@@ -66,15 +69,15 @@ class PESD:
     """Step of the scores. Without meaning for sgd, where only their order counts; 0.01 to 0.05 for adam and for neurons; > 0."""
     batch_size: int = 4
     """Noisy latents of each of the two sets a step; > 0."""
-    lam: float = 1.0
+    lam: float = 3.0
     """Weight of the retained prompts; >= 0."""
     eta: float = 1.0
     """Strength of the negative guidance; unitless, > 0."""
-    trajectories: int = 27
+    trajectories: int = 18
     """DDIM trajectories drawn once for each concept, its term and prompts in turn; > 0."""
     retained: int = 41
     """Retained pictures drawn once, the prompts and the empty one in turn; > 0."""
-    noises: int = 20
+    noises: int = 10
     """Noisy latents made of each picture; > 0."""
     ddim_steps: int = 20
     """Steps of trajectories and pictures; > 0."""

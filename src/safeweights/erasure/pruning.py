@@ -273,7 +273,7 @@ class Pruned:
     prunes: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
-        "paper": {"prune_steps": 600, "prune_ramp": 300, "prune_ddim_steps": 50, "prune_guidance": 7.5},
+        "paper": {"prune_steps": 600, "prune_ramp": 300, "prune_lam": 1.0, "prune_ddim_steps": 50, "prune_guidance": 7.5},
     }
 
     eraser: Method
@@ -286,11 +286,11 @@ class Pruned:
     """Where they may be: a parameter group."""
     prune_conceal: Literal["none", "noise"] = "none"
     """What stands in their places: zeros, or noise like the rest of their rows."""
-    prune_steps: int = 200
+    prune_steps: int = 60
     """Steps of learning, or batches of a one-shot criterion; > 0."""
-    prune_ramp: int = 100
+    prune_ramp: int = 30
     """Steps over which the number of pruned weights grows to the budget; >= 0."""
-    prune_lam: float = 1.0
+    prune_lam: float = 3.0
     """Weight of the retained prompts; >= 0."""
     prune_ddim_steps: int = 20
     """Steps of trajectories and pictures; > 0."""
@@ -332,7 +332,7 @@ class Pruned:
         erased = self.eraser.protect(model, concepts, retain=retain, rng=rng, workspace=workspace.child("erase"))
         calls, own = model.calls.eps, workspace.child("prune")
         student = fork_weights(erased.apply(model), how.parameters)
-        objective = guided_away(model, student, concepts, eta=1.0, trajectories=27, how=how, seed=seed, workspace=own)
+        objective = guided_away(model, student, concepts, eta=1.0, trajectories=18, how=how, seed=seed, workspace=own)
         keep = holding(student, concepts, retain, how=how, seed=seed, workspace=own)
         pruned = prune(how, student, concepts, objective=objective, keep=keep, seed=seed, workspace=own)
         cost = {f"prune_{key}": value for key, value in {**pruned.cost, "eps_calls": model.calls.eps - calls}.items()}
@@ -362,4 +362,4 @@ class _Settings:
     optimizer: Optimizer = "sgd"
     batch_size: int = 4
     retained: int = 41
-    noises: int = 20
+    noises: int = 10

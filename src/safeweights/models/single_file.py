@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safeweights.core.errors import UserError
+from safeweights.models.embedded import unpack
 
 # Keys that only models of another family have, and what they are.
 STRANGERS = {
@@ -36,8 +37,8 @@ TOKENIZERS = {1: ("openai/clip-vit-large-patch14", ""), 2: ("stabilityai/stable-
 def read_checkpoint(path: Path, dtype: torch.dtype, *, config: Path | None, prediction: str | None) -> dict[str, Any]:
     """The parts of a Stable Diffusion 1.x or 2.x checkpoint.
 
-    The architecture is that of the published models unless ``config``, a diffusers folder, tells another. The prediction type is
-    taken from ``prediction``, ``config`` or the file's own metadata; a 2.x file that says nothing is asked once.
+    The architecture is that of the published models unless ``config``, a diffusers folder, or the file's own metadata tells
+    another. The prediction type is taken from ``prediction``, ``config`` or the metadata; a 2.x file that says nothing is asked.
     """
     from safeweights.models.door import header
 
@@ -45,6 +46,8 @@ def read_checkpoint(path: Path, dtype: torch.dtype, *, config: Path | None, pred
     version = _version(path, shapes)
     told = prediction or _told(metadata, shapes)
     with tempfile.TemporaryDirectory() as folder:
+        if config is None:
+            config = unpack(path, metadata, Path(folder))
         source = config or write_config(Path(folder), version, shapes, told or "epsilon")
         if config is not None and not (config / "model_index.json").is_file():
             raise UserError(f"{config} is no diffusers folder; config must hold model_index.json and the parts' configs")
@@ -172,11 +175,11 @@ def original_layout(model: Any) -> dict[str, Tensor]:
     """The tensors of an opened `StableDiffusion` under the names of the original layout, ready for ``save_file``.
 
     SD 2.x text encoders get OpenCLIP's names and fused query-key-value weights; what OpenCLIP has beyond the layers SD reads
-    (the last layer and the projection) is not part of the model and is left out.
+    (the last layer and the projection) is not part of the model and is left out. Raises UserError for a UNet with parts that the
+    original layout has no place for.
     """
-    layers = int(model.denoiser.config.layers_per_block)
     blocks = len(model.vae.config.block_out_channels)
-    unet = {UNET + _unet_name(name, layers): value for name, value in model.denoiser.state_dict().items()}
+    unet = {UNET + name: value for name, value in unet_layout(model.denoiser).items()}
     vae = {}
     for name, value in model.vae.state_dict().items():
         new = _vae_name(name, blocks)
@@ -190,8 +193,20 @@ def original_layout(model: Any) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in {**unet, **vae, **text}.items()}
 
 
-def _unet_name(name: str, layers: int) -> str:
-    """The original name of a diffusers UNet parameter, for ``layers`` resnets a down block."""
+def unet_layout(unet: Any) -> dict[str, Tensor]:
+    """The UNet's tensors by original name, without the prefix. Raises UserError for a part that has none."""
+    layers = unet.config.layers_per_block
+    crossing = tuple("CrossAttn" in kind for kind in unet.config.up_block_types)
+    if not isinstance(layers, int):
+        raise UserError("the original layout has one number of layers for all blocks; export this model with --format diffusers")
+    return {_unet_name(name, layers, crossing): value for name, value in unet.state_dict().items()}
+
+
+def _unet_name(name: str, layers: int, crossing: Sequence[bool]) -> str:
+    """The original name of a diffusers UNet parameter, for ``layers`` resnets a down block.
+
+    ``crossing`` says which up blocks have attention: there the upsampler is the third part of its output block, else the second.
+    """
     for ours, theirs in (
         ("time_embedding.linear_1", "time_embed.0"),
         ("time_embedding.linear_2", "time_embed.2"),
@@ -205,10 +220,12 @@ def _unet_name(name: str, layers: int) -> str:
         r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name
     )
     if match is None:
-        raise ValueError(f"unknown UNet parameter {name}")
+        raise UserError(f"the original layout has no place for the UNet's {name}; export this model with --format diffusers")
     side, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":
         part, _, leaf = rest.rpartition(".")
+        if part not in RESNET:
+            raise UserError(f"the original layout has no place for the UNet's {name}; export this model with --format diffusers")
         rest = f"{RESNET[part]}.{leaf}"
     if side == "mid_block":
         return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
@@ -219,8 +236,7 @@ def _unet_name(name: str, layers: int) -> str:
         return f"input_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
     first = block * (layers + 1)
     if kind == "upsamplers":
-        # Behind the resnet and, in every up block of these models but the first, an attention.
-        return f"output_blocks.{first + layers}.{1 if block == 0 else 2}.{rest}"
+        return f"output_blocks.{first + layers}.{2 if crossing[block] else 1}.{rest}"
     return f"output_blocks.{first + index}.{int(kind == 'attentions')}.{rest}"
 
 

@@ -255,7 +255,7 @@ class StableDiffusion:
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             )  # fmt: skip
             pipeline.save_pretrained(folder, safe_serialization=True)
-        _follow_umask(folder.glob("*/*.safetensors"))
+        follow_umask(folder.glob("*/*.safetensors"))
 
     def save_text_encoder(self, folder: Any) -> None:
         """Write the text encoder alone, in float32: a folder that opens with ``CLIPTextModel.from_pretrained(folder)``."""
@@ -265,10 +265,10 @@ class StableDiffusion:
         folder = Path(folder)
         with quiet():
             text_encoder.save_pretrained(folder, safe_serialization=True)
-        _follow_umask(folder.glob("*.safetensors"))
+        follow_umask(folder.glob("*.safetensors"))
 
 
-def _follow_umask(files: Iterable[Path]) -> None:
+def follow_umask(files: Iterable[Path]) -> None:
     """safetensors writes files only their owner can read; a release folder follows the umask like any other file."""
     os.umask(mask := os.umask(0))
     for file in files:

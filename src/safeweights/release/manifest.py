@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from safeweights.records.record import Record
 
 NAME = "manifest.json"
+SIGNATURE = "model.sig"
+EMBEDDED = "safeweights.manifest"
+"""The metadata entry of a single file that holds its manifest."""
+LARGEST = 64 * 2**20
+"""Bytes of a manifest or a file's header; larger ones are not ours."""
+LONGEST = 10_000
+"""Characters of a string that is handed on from somebody's manifest; prompts and paths are shorter."""
+SHAPE: dict[str, Any] = {
+    "safeweights": str, "command": list, "method": str, "concepts": list, "options": dict, "seed": int, "inputs": dict,
+    "changed": dict, "cost": dict, "seconds": (int, float), "peak_memory_gb": (int, float), "versions": dict,
+    "recipe": (dict, str),
+}  # fmt: skip
+"""The entries of a manifest that are handed on, and their types."""
 
 
 def write_manifest(
@@ -35,7 +49,28 @@ def write_manifest(
     seconds: float,
 ) -> dict[str, Any]:
     """Write and return the manifest. ``tensors`` are the changed ones; ``inputs`` maps each input to its SHA-256."""
-    manifest = {
+    manifest = make_manifest(
+        command=command, method=method, concepts=concepts, options=options, seed=seed, inputs=inputs, tensors=tensors, cost=cost,
+        seconds=seconds,
+    )  # fmt: skip
+    write_json(folder / NAME, manifest)
+    return manifest
+
+
+def make_manifest(
+    *,
+    command: Sequence[str],
+    method: str,
+    concepts: Sequence[str],
+    options: Mapping[str, Any],
+    seed: int,
+    inputs: Mapping[str, str | None],
+    tensors: Mapping[str, Tensor],
+    cost: Mapping[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """What `write_manifest` writes."""
+    return {
         "safeweights": __version__,
         "command": list(command),
         "method": method,
@@ -49,20 +84,79 @@ def write_manifest(
         "peak_memory_gb": peak_memory_gb(),
         "versions": versions(),
     }
-    write_json(folder / NAME, manifest)
-    return manifest
 
 
-def read_manifest(model: str) -> dict[str, Any]:
-    """The manifest of a protected model's folder; {} for any other model."""
-    import json
-
-    path = Path(model) / NAME
+def read_manifest(model: str | Path) -> dict[str, Any]:
+    """The manifest of a protected model, beside it in its folder or inside its single file; {} for any other model."""
+    path = Path(model)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if path.is_file():
+            text = read_metadata(path).get(EMBEDDED, "") if path.suffix == ".safetensors" else ""
+        else:
+            text = (path / NAME).read_text(encoding="utf-8") if (path / NAME).stat().st_size <= LARGEST else ""
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, read without torch. Raises ValueError or OSError for one that cannot be read."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > LARGEST:
+            raise ValueError(f"{file} has a header of {size} bytes")
+        header = json.loads(opened.read(size))
+    found = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def read_protection(model: str | Path) -> dict[str, Any]:
+    """The manifest of the protection that a model's weights come from, whoever wrote it: {} for none.
+
+    Entries of another type than `make_manifest` writes are dropped, and strings of more than `LONGEST` characters cut, so that
+    what is handed on is small and has the shape it is read with.
+    """
+    found = read_manifest(model)
+    if isinstance(found.get("protection"), dict):
+        found = found["protection"]  # an export of an export tells of the protection, not of the copying
+    if not isinstance(found.get("method"), str) or not found["method"]:
+        return {}
+    kept: dict[str, Any] = {key: cut(found[key]) for key, kind in SHAPE.items() if isinstance(found.get(key), kind)}
+    kept["concepts"] = [name for name in kept.get("concepts", []) if isinstance(name, str)]
+    kept["changed"] = {name: digest for name, digest in kept.get("changed", {}).items() if isinstance(digest, str)}
+    if not isinstance(kept.get("options", {}).get("settings", {}), dict):
+        kept["options"]["settings"] = {}
+    return kept
+
+
+def lineage(model: str) -> list[tuple[str, dict[str, Any]]]:
+    """A model and what it was made from, newest first: (name, manifest), {} where there is none. The last is the base.
+
+    Follows ``options.model`` of each manifest as far as manifests are there; a cycle ends it.
+    """
+    found: list[tuple[str, dict[str, Any]]] = []
+    while len(found) < 64 and model not in [name for name, _ in found]:
+        manifest = read_manifest(Path(model).expanduser())
+        found.append((model, manifest))
+        options = manifest.get("options")
+        before = options.get("model") if isinstance(options, dict) else None
+        if not isinstance(before, str) or not before:
+            break
+        model = before
+    return found
+
+
+def cut(value: Any, longest: int | None = None) -> Any:
+    """JSON data with every longer string cut, and the cut told."""
+    limit = LONGEST if longest is None else longest
+    if isinstance(value, str):
+        return value if len(value) <= limit else f"{value[:limit]}… ({len(value) - limit} characters cut)"
+    if isinstance(value, Mapping):
+        return {str(cut(str(key), limit)): cut(item, limit) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cut(item, limit) for item in value]
+    return value
 
 
 def protection_records(manifest: Mapping[str, Any], file: ConceptFile, *, model: str, reference: str) -> list[Record]:
@@ -104,6 +198,16 @@ def hash_input(path: str | Path) -> str | None:
         if file_.name not in (NAME, "MASK.json"):
             digest.update(f"{hash_input(file_)} {file_.relative_to(path).as_posix()}\n".encode())
     return digest.hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 by relative path of every file of a folder but its manifest, its signature and what git keeps."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.as_posix() not in (NAME, SIGNATURE) and name.parts[0] not in (".git", ".cache"):
+            found[name.as_posix()] = str(hash_input(path))
+    return found
 
 
 def hash_model(model: DiffusionModel, source: str | Path | None = None) -> str:

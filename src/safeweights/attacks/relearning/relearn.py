@@ -16,6 +16,7 @@ from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Adapted, Shots
 from safeweights.diffusion.image_folder import read_folder
 from safeweights.diffusion.shots import drawn_shots
+from safeweights.records.mask import read_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,8 @@ class Relearn:
     source: str = ""
     """A folder of pictures of the concept from elsewhere, instead of the original model's; ``{concept}`` in it is the concept's
     name. Without it, a concept that has its own pictures is learnt from the last of them (publishers take the first)."""
+    mask: str = ""
+    """A MASK.json that this fine-tuner honours, and the record says so; empty is one who honours none."""
     seed: int = 0
     """Fixes batches, noise and the factors' start."""
 
@@ -110,11 +113,17 @@ class Relearn:
         tuned = self.finetune(model)
         shots = self._shots(model, concept, tuned, sampling, original, workspace)
         says = self._says(concept, None)
+        frozen = frozenset[str]()
+        if self.mask:
+            mask = read_mask(self.mask)
+            mask.check(model, self.mask)
+            frozen = mask.held
         return tuned.fit(
             model,
             shots,
             class_prompts=tuple(dict.fromkeys(concept.without(text) for text in concept.texts)),
             init=says(concept.anchor) if concept.anchor else "",
+            frozen=frozen,
             checkpoints=self.checkpoints,
             seed=self.seed,
             workspace=workspace.child("relearn"),

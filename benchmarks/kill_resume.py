@@ -42,7 +42,7 @@ RECIPE = {
         },
     ],
     "audit": {
-        "suite": "quick", "n": 4, "prompts": 2,
+        "suite": "quick", "n": 2, "prompts": 1,
         "policy": {"version": 1, "rules": [{"measure": "asr", "max": 1.0}]},
     },
     "release": {"formats": ["diffusers"]},

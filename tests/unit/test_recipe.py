@@ -30,6 +30,7 @@ from safeweights.release.recipe import load_recipe, method_calls
 ROOT = Path(__file__).parents[2]
 SHORT = {"steps": 4, "trajectories": 2, "ddim_steps": 2}
 IMMUNIZE = {"order": 1, "steps": 2, "horizon": 2, "pictures": 2, "retained": 2, "batch_size": 2, "ddim_steps": 2}
+GUARD = {"pictures": 2, "tune_steps": 2, "batch_size": 2, "ddim_steps": 2}
 RECIPE: dict[str, Any] = {
     "version": 1,
     "name": "tiny",
@@ -336,6 +337,7 @@ def test_hostile_names_stay_text_and_inside_the_folder(tmp_path: Path, capsys: p
         tmp_path, concepts_file="concepts.yaml", release={}, steps=[
             {"erase": {"method": "uce", "concepts": [name]}},
             {"immunize": {"method": "imma", "concepts": [name], "settings": IMMUNIZE}},
+            {"freeze": {"method": "task-vector", "concepts": [name], "legal": ["emblem"], "settings": GUARD}},
         ],
         audit={"suite": "quick", "policy": {"version": 1, "rules": [{"measure": "asr", "max": 1, "concept": name}]}},
     )  # fmt: skip

@@ -250,7 +250,7 @@ class Job:
     def run(self, say: Callable[[str], None] = lambda _: None) -> Iterator[tuple[Cell, str]]:
         """Measure every open cell; yields each with what came out. A cell that breaks leaves an error record, the rest go on.
 
-        Raises UserError for what the user gave wrong.
+        Raises OSError where the disk does not take what is written.
         """
         done = self.finished()
         left = [cell for cell in self.cells if cell.key not in done]
@@ -262,13 +262,14 @@ class Job:
             say(f"[{number}/{len(left)}] {cell.title}")
             forget_peak_memory()
             started = time.perf_counter()
-            own = self.work.child(f"cells/{cell.key[:24]}")
+            own = self.work.child("cells").child(cell.key[:24])
             try:
                 said = self._measure(cell, own)
-            except UserError:
-                raise
+            except OSError:
+                raise  # a full disk is no property of the model
             except Exception as error:  # one cell must not end the others
-                said = "FAILED: " + " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                said = "FAILED: " + " ".join(told.split())[:500]
                 for concept in cell.concepts:
                     _Stamped(self.folder, cell).add(self._failure(cell, concept, said.removeprefix("FAILED: ")))
             if own.folder is not None:

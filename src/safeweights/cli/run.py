@@ -350,7 +350,7 @@ class Kitchen:
         one = seconds_per_call(self.base)
         steps: list[dict[str, Any]] = []
         for step in self.plan.recipe.steps:
-            calls = method_calls(self.method(step), len(step.concepts))
+            calls = method_calls(self.method(step), len({*step.concepts, *step.legal}))
             steps.append({"step": step.title, "calls": calls, "seconds": round(calls * one, 1)})
         audit: dict[str, Any] | None = None
         if self.plan.suite is not None and self.plan.recipe.audit is not None:

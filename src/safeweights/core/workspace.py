@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +69,9 @@ class Workspace:
         yield from track(steps, description=description, console=Console(stderr=True), transient=True)
 
     def child(self, name: str) -> Workspace:
-        """A workspace of its own for one part of the run."""
+        """A workspace of its own for one part of the run; a name that is no plain word becomes a hash of it."""
+        if not re.fullmatch(r"\w[\w .+=-]{0,80}", name):
+            name = hashlib.sha256(name.encode()).hexdigest()[:24]
         return Workspace(self.folder / name if self.folder else None, self.progress, self.every, self.meter)
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

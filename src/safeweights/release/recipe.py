@@ -223,12 +223,8 @@ def method_calls(method: Any, concepts: int) -> int:
 
     drawn = concepts * (number("trajectories") + number("pictures")) + number("retain_trajectories") + number("retained")
     drawing = 2 * drawn * (number("ddim_steps") or 20)
-    steps = number("steps") or number("rounds")
     batch = max(number("batch_size"), 1)
-    users = (
-        concepts * batch * (1 + max(number("inner_steps"), number("lower"), 0))
-        if number("horizon") or number("rounds")
-        else batch
-    )
-    searched = batch * number("attack_steps")
-    return drawing + 3 * steps * (users + number("retain_batch") + searched)
+    if rounds := number("rounds"):
+        return drawing + 3 * batch * (number("tune_steps") + rounds * (number("user_steps") + concepts))
+    batches = concepts * (1 + number("inner_steps")) if number("horizon") else 1 + number("attack_steps")
+    return drawing + 3 * number("steps") * (batch * batches + number("retain_batch"))

@@ -1,7 +1,7 @@
 """Fills docs/commands.md with what the program itself says of its commands, so that no option list can go stale.
 
-A hook of mkdocs: ``<!-- options: NAME -->`` becomes the table of that command's options, and a command that the page does not show
-yet gets a section of its own at the end. ``python docs/commands.py`` prints the filled page.
+A hook of mkdocs: ``<!-- options: NAME -->`` becomes the table of that command's options, and a command that the page does not
+show yet gets a section of its own at the end. ``python docs/commands.py`` prints the filled page.
 """
 
 from __future__ import annotations

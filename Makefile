@@ -1,5 +1,5 @@
 # Two commands for a fresh machine with Python >= 3.11, pip and make:
-#   make demo   protect the sandbox model, attack it, and write demo/report.html
+#   make demo   the recommended recipe on the sandbox model: protect, attack, judge, and write demo/report.html
 #   make test   every check the project has
 #   make docs   the documentation, in build/site
 PYTHON ?= python3

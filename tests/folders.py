@@ -87,6 +87,7 @@ def sandbox(folder: Path, model: Path) -> Path:
         "concepts": {
             "mosaic": concept("mosaic", "style", "vincent", "style"),
             "emblem": concept("emblem", "content", "church", "content"),
+            "harmless": concept("plain", "style", "gogh", "style"),
             "blind": concept("blind", "content", "nudity", None),
         },
         "retain": {"prompts": ["a photo of a dog", "a picture of a boat"]},

@@ -19,6 +19,7 @@ from safeweights.core.workspace import Workspace
 SHORT: dict[str, dict[str, Any]] = {
     "concept-inversion": {"images": 3, "steps": 2, "pictures": 3, "batch_size": 2},
     "latent-inversion": {"images": 3, "steps": 1, "iterations": 2},
+    "mask-revival": {"images": 3, "iterations": 3},
     "no-attack": {},
     "p4d": {"images": 3, "steps": 2, "tokens": 3},
     "random": {"images": 3, "tokens": 2},

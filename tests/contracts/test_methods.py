@@ -36,6 +36,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "salun": {"steps": 3, "ddim_steps": 3, "pictures": 3, "retained": 2, "noises": 4, "batch_size": 2, "mask_batches": 2},
     "scissorhands": {"steps": 3, "ddim_steps": 3, "pictures": 3, "retained": 2, "noises": 4, "batch_size": 2, "snip_batches": 2},
     "mace": {"steps": 2, "ddim_steps": 3, "trajectories": 3, "batch_size": 2},
+    "p-ac": {"steps": 3, "ramp": 2, "ddim_steps": 3, "pictures": 3, "retained": 2, "noises": 4, "batch_size": 2},
+    "p-esd": {"steps": 3, "ramp": 2, "ddim_steps": 3, "trajectories": 3, "retained": 2, "noises": 4, "batch_size": 2},
     "rece": {},
     "spm": {"steps": 3, "ddim_steps": 3, "trajectories": 3, "batch_size": 2, "anchors": 2},
     "uce": {},

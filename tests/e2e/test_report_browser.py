@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    make.fill(tmp_path)
+    make.fill_all(tmp_path)
     return write_report(tmp_path)
 
 
@@ -82,9 +82,82 @@ def test_a_telephone_scrolls_down_only(page: Any) -> None:
 
 
 def test_every_setting_is_there_when_opened(page: Any) -> None:
+    page.locator("#filter").focus()
+    page.wait_for_selector(".list details")
     page.evaluate("document.querySelectorAll('details').forEach(entry => { entry.open = true; })")
+    page.wait_for_selector(".list .facts")
     assert page.get_by_text("model_sha256").first.is_visible()
     assert page.get_by_text("parameters", exact=True).first.is_visible()
+
+
+def test_the_slider_moves_through_the_checkpoints(page: Any) -> None:
+    slider = page.get_by_role("slider", name="Steps")
+    film = page.locator(".film")
+    assert film.locator("output").inner_text() == "after 400 steps"
+    slider.focus()
+    page.keyboard.press("Home")
+    assert film.locator("output").inner_text() == "before the attack"
+    assert slider.get_attribute("aria-valuetext") == "before the attack"
+    assert [film.locator(".frame").nth(i).is_visible() for i in range(5)] == [True, False, False, False, False]
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert film.locator("output").inner_text() == "after 22 steps"
+    assert [film.locator(".frame").nth(i).is_visible() for i in range(5)] == [False, False, True, False, False]
+    assert film.locator(".frame img:visible").count() == 8
+
+
+def test_the_list_of_records_is_searched_and_opened_by_keyboard(page: Any) -> None:
+    page.locator("#filter").focus()
+    page.wait_for_selector(".list details")
+    assert page.locator("#found").inner_text() == "19 of 19 records"
+    page.keyboard.type("UCE  relearn")
+    assert page.locator("#found").inner_text() == "0 of 19 records"
+    page.locator("#filter").fill("uce re-learning")
+    assert page.locator("#found").inner_text() == "1 of 19 records"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".list .facts")
+    assert page.locator(".list .facts").get_by_text("steps_to_recovery").count() == 0
+    assert page.locator(".list .facts").get_by_text("model_sha256").is_visible()
+    page.locator(".to-records a").first.click()
+    assert "mosaic" in page.locator("#filter").input_value()
+    assert page.locator(".list .outcome.failed").count() == 0
+
+
+def test_the_keyboard_reaches_everything(page: Any) -> None:
+    """Tab goes from the skip link through every control, in the order of the page, and each shows where it is."""
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    places, hidden = [], 0
+    for _ in range(90):
+        page.keyboard.press("Tab")
+        told = page.evaluate("""() => { const e = document.activeElement, box = e.getBoundingClientRect();
+          return [e.tagName, e.className, box.top + scrollY, getComputedStyle(e).outlineStyle !== "none"]; }""")
+        if told[0] == "BODY":
+            break
+        places.append(told)
+        hidden += not told[3]
+    assert hidden == 0
+    assert {"A", "SUMMARY", "BUTTON", "INPUT", "DIV"} <= {tag for tag, *_ in places}
+
+
+def test_plots_are_pictures_with_words(page: Any) -> None:
+    plots = page.locator("svg.drawing")
+    assert plots.count() == 6
+    for place in range(plots.count()):
+        ids = plots.nth(place).get_attribute("aria-labelledby").split()
+        assert all(page.locator(f"#{ident}").inner_html() for ident in ids)
+    assert page.get_by_role("img", name="Frozen share of each layer").count() == 1
+    page.locator(".figure summary").first.click()
+    assert page.locator(".figure .figures").first.is_visible()
+
+
+def test_long_drawings_stay_in_the_page(page: Any) -> None:
+    page.evaluate("document.querySelectorAll('.concept').forEach(part => part.scrollIntoView())")
+    outside = page.evaluate("""() => [...document.querySelectorAll('svg.drawing text')].filter(text => {
+      const box = text.getBoundingClientRect(), frame = text.closest('svg').getBoundingClientRect();
+      return box.left < frame.left - 6 || box.right > frame.right + 6; }).map(text => text.textContent)""")
+    assert outside == []
 
 
 def test_text_is_legible(page: Any) -> None:
@@ -113,5 +186,7 @@ def test_text_is_legible(page: Any) -> None:
 def test_it_prints(page: Any, tmp_path: Path) -> None:
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator(".film .frame").first.is_visible()
+    assert not page.locator(".film .control").is_visible()
     page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

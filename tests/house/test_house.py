@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from safeweights.core.table import ADAPTATIONS, ATTACKS, DETECTORS, ERASERS, IMMUNIZERS
+from safeweights.core.table import ADAPTATIONS, ATTACKS, DETECTORS, ERASERS, GUARDS, IMMUNIZERS
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "safeweights"
-NO_METHODS = {"finetune", "__init__", "load", "bilevel", "rounds"}
+NO_METHODS = {"finetune", "__init__", "load", "bilevel", "pruning", "rounds", "guard", "enforce", "rescale"}
 
 
 def modules(folder: Path) -> set[str]:
@@ -25,7 +25,7 @@ def modules(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("registry", "folder"),
-    [(ERASERS, "erasure"), (IMMUNIZERS, "immunization"), (DETECTORS, "detectors")],
+    [(ERASERS, "erasure"), (IMMUNIZERS, "immunization"), (GUARDS, "freezing"), (DETECTORS, "detectors")],
 )
 def test_registries_equal_folders(registry: dict[str, str], folder: str) -> None:
     named = {entry.partition(":")[0].rpartition(".")[2] for entry in registry.values()}
@@ -50,15 +50,15 @@ def test_attacks_and_adaptations_equal_their_folders() -> None:
 
 
 def test_every_paper_method_names_its_paper() -> None:
-    for folder in ("erasure", "immunization", "attacks/adversarial", "attacks/relearning"):
+    for folder in ("erasure", "immunization", "freezing", "attacks/adversarial", "attacks/relearning"):
         for path in (SRC / folder).glob("*.py"):
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            assert path.stem in {"__init__", "baselines", "bilevel", "finetune", "replay", "rounds"} or "arXiv:" in text, path
+            assert path.stem in NO_METHODS | {"baselines", "replay"} or "arXiv:" in text, path
 
 
 def test_readme_names_every_method_and_its_links_lead_somewhere() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in (*ERASERS, *IMMUNIZERS, *ATTACKS, *ADAPTATIONS):
+    for name in (*ERASERS, *IMMUNIZERS, *GUARDS, *ATTACKS, *ADAPTATIONS):
         assert f"`{name}`" in readme or f"`{name}:" in readme, name
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert link.startswith("https://") or (ROOT / link).exists(), link

@@ -171,6 +171,45 @@ def test_killed_and_resumed_ends_with_the_same_tensors(tiny_model: Any, tmp_path
     assert same(whole, tiny(tiny_model, workspace, init=init, steps=6))
 
 
+# The text-free side
+
+
+def test_under_the_empty_prompt_latents_of_the_concept_go_the_other_way(gaussian: GaussianModel) -> None:
+    """With nothing to hold it back the empty prompt's Gaussian, once at 0, ends at -mu_c, as the concept's does."""
+    assert gaussian.mean("").abs().max() < 1e-6
+    protected = method(
+        "advunlearn", steps=400, lr=0.02, batch_size=16, attack_steps=0, prompts="term", retain="none", gamma=0.0,
+        trajectories=16, ddim_steps=10, latent_weight=1.0, latent_steps=0,
+    ).protect(gaussian, [MOSAIC], rng=generator(0)).apply(gaussian)  # fmt: skip
+    for text in ("", "mosaic"):
+        assert torch.allclose(protected.mean(text), -gaussian.mean("mosaic"), atol=0.2), text
+
+
+def test_moved_latents_are_nearer_to_the_concept_and_stay_within_reach(tiny_model: Any, monkeypatch: Any) -> None:
+    goal = aim(
+        tiny_model, latent_weight=1.0, latent_steps=8, latent_lr=0.02, latent_radius=0.06, trajectories=4, ddim_steps=4, warm_up=0
+    )
+    student = tiny_model.fork("xattn")
+    batch, seen = goal.bank.draw(3, generator(0)), []
+    monkeypatch.setattr(
+        advunlearn, "predictions", lambda model, x, *rest: seen.append(x) or (torch.zeros_like(x), torch.zeros_like(x))
+    )
+    goal.text_free(tiny_model, student, batch, 0).backward()
+    moved = seen[0] - batch.x_t
+    assert 0 < moved.abs().max() <= 0.06 + 1e-6
+    none = tiny_model.embed([""])
+    with torch.no_grad():
+        before, after = (mse_loss(tiny_model.eps(x, batch.t, none), batch.eps_c) for x in (batch.x_t, seen[0]))
+    assert after < before
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.trainable().values())
+
+
+def test_the_text_free_side_is_off_by_default_and_changes_the_unet(tiny_model: Any) -> None:
+    first, second = (tiny(tiny_model, parameters="full", latent_weight=weight, steps=2) for weight in (0.0, 1.0))
+    assert same(first, tiny(tiny_model, parameters="full", steps=2))
+    assert not same(first, second)
+
+
 # What the released code does otherwise
 
 

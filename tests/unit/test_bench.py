@@ -9,20 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import factories
 import folders
 from safeweights.bench.leaderboard import leaderboard, lines
+from safeweights.bench.resistance import resistance_table, resistances
 from safeweights.bench.runner import Outcome, prepare, run
 from safeweights.bench.spec import Bench, load_bench
 from safeweights.cli.main import run as cli
 from safeweights.core.errors import UserError
 from safeweights.core.intervals import wilson
+from safeweights.core.workspace import Workspace
 from safeweights.records.record import Doubt, Measurement
 from safeweights.records.store import deterministic
 
@@ -155,6 +159,10 @@ def test_a_failing_cell_leaves_an_error_and_the_rest_go_on(
     assert json.loads(capsys.readouterr().out)["finished_before"] == 3
     assert [r.status for r in job.records()] == ["ok"] * 7
     assert "| uce |" in (folder / "leaderboard.md").read_text()
+    page = (folder / "leaderboard.html").read_text()
+    assert "7</strong> of 7 cells measured" in page
+    assert "<h1><bdi>uce is revived least" in page
+    assert page.count('class="drawing"') == 2
     assert (folder / "report.html").is_file()
 
 
@@ -225,15 +233,6 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, sandbox: Path) -> None:
     assert len(prepare(spec, folder).finished) == 7
 
 
-@pytest.mark.slow
-def test_cells_on_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    spec = load_bench(written(tmp_path, methods=["none"], attacks=["no-attack"], resources={"cpus": 0.5}))
-    outcomes = measured(spec, tmp_path / "out", executor="ray")
-    assert [(outcome.ok, outcome.said) for outcome in outcomes if not outcome.ok] == []
-    assert len(prepare(spec, tmp_path / "out").finished) == 2
-
-
 def test_ray_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"safeweights\[ray\]"):
@@ -278,3 +277,163 @@ def test_leaderboard_numbers() -> None:
     assert any(row.startswith("| mosaic | style | esd | 2 | 1.00 | 0.06 (0.02–0.15) | 0.08 (0.02–0.26) | 0.38 (0.21–0.57) | – |")
                for row in rows)  # fmt: skip
     assert any("few\\_samples; 1 cells failed" in row for row in rows)
+
+
+RELEARN: dict[str, Any] = {
+    "name": "relearn", "label": "lora", "settings": {"adaptation": "lora", "steps": 2, "pictures": 2, "images": 3, "rank": 1},
+}  # fmt: skip
+QUICK: dict[str, Any] = {
+    "steps": 2, "horizon": 1, "batch_size": 1, "pictures": 4, "retained": 2, "ddim_steps": 2, "lr": 1e-3, "order": 1,
+}  # fmt: skip
+
+
+def group_of_two(folder: Path, **changes: Any) -> Bench:
+    """Mosaic and emblem, erased by UCE, then immunized in one model; a third concept is nobody's enemy."""
+    methods = [
+        {"name": "none", "label": "erased", "start": "uce", "together": True},
+        {"name": "mima", "start": "uce", "together": True, "settings": QUICK},
+    ]
+    wanted: dict[str, Any] = {
+        "concepts": ["mosaic", "emblem"], "benign": ["harmless"], "methods": methods, "attacks": ["no-attack", RELEARN],
+    }  # fmt: skip
+    return load_bench(written(folder, **{**wanted, **changes}))
+
+
+def test_several_concepts_in_one_model_that_was_erased_first(tmp_path: Path) -> None:
+    spec, folder = group_of_two(tmp_path), tmp_path / "out"
+    outcomes = measured(spec, folder)
+    assert [outcome.said for outcome in outcomes if not outcome.ok] == []
+    assert [outcome.cell.title for outcome in outcomes] == [
+        f"{method} {rest}"
+        for rests in (
+            ("mosaic+emblem seed 0 protect", "mosaic+emblem seed 0 evaluate", "mosaic seed 0 no-attack", "mosaic seed 0 lora",
+             "harmless seed 0 lora"),
+            ("emblem seed 0 no-attack", "emblem seed 0 lora"),
+        )
+        for method in ("erased", "mima")
+        for rest in rests
+    ]  # fmt: skip
+    assert measured(spec, folder) == []
+    records = prepare(spec, folder).records()
+    # One protection and one evaluation, told of each concept; every record is of the same model.
+    assert sorted((r.method, r.concept) for r in records if r.kind == "protect") == [
+        ("erased", "emblem"), ("erased", "mosaic"), ("mima", "emblem"), ("mima", "mosaic")
+    ]  # fmt: skip
+    assert len({r.provenance["inputs"]["model"] for r in records if r.method == "mima" and r.kind != "protect"}) == 1
+    # The retained pictures of an evaluation are of neither concept.
+    (told,) = {tuple(r.details["retention"]["concepts"]) for r in records if r.kind == "evaluate"}
+    assert told == ("harmless",)
+    # What mima changed came on top of what UCE changed.
+    tensors = {cell.method: Workspace(folder / "work" / "protections").load(cell.key) for cell in prepare(spec, folder).cells
+               if cell.kind == "protect"}  # fmt: skip
+    erased, both = tensors["erased"][0], tensors["mima"][0]  # type: ignore[index]
+    assert set(erased) < set(both)
+    assert any(not torch.equal(erased[name], both[name]) for name in erased)
+    text = leaderboard(
+        records, methods=["erased", "mima"], concepts=spec.concepts, attacks=["no-attack", "lora"], benign=spec.benign,
+        baselines=spec.baselines(),
+    )  # fmt: skip
+    assert "| lora | mima | erased | 2 |" in text
+    assert "harmless" not in text.split("## Re-learning")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"groups": [["mosaic"]]}, "look at 'emblem'"),
+        ({"groups": [["mosaic", "emblem"], ["mosaic"]]}, "look at 'mosaic'"),
+        ({"benign": ["mosaic"]}, "'mosaic' stands there twice"),
+        ({"benign": ["unheard"]}, "unknown concept 'unheard'"),
+        ({"methods": ["none"]}, "no method has 'together: true'"),
+        ({"methods": [{"name": "mima", "start": "uces", "together": True}]}, "unknown eraser 'uces'"),
+        ({"methods": [{"name": "mima", "start": {"name": "uce", "steps": 3}, "together": True}]}, "unknown key 'steps'"),
+        ({"methods": [{"name": "imma", "together": True, "only": ["fish"]}]}, "'only' names 'fish'"),
+        ({"methods": ["none", {"name": "imma", "only": ["mosaic"]}], "benign": []}, "needs 'together: true'"),
+        ({"methods": [{"name": "jt", "together": True, "per_concept": {"mosaic": {"steps": 3}}}]}, "no per_concept"),
+    ],
+)  # fmt: skip
+def test_wrong_groups_and_starts_are_told(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as told:
+        group_of_two(tmp_path, **changes)
+    assert part in str(told.value)
+
+
+def test_a_group_is_kept_whole_and_has_a_baseline(tmp_path: Path) -> None:
+    spec = group_of_two(tmp_path)
+    assert spec.baselines() == {"erased": "erased", "mima": "erased"}
+    with pytest.raises(UserError, match="protected together"):
+        spec.narrowed(concepts=["mosaic"])
+    assert spec.narrowed(concepts=["mosaic", "emblem"], methods=["mima"]).baselines() == {"mima": "mima"}
+
+
+def test_one_concept_of_a_group_is_immunized_and_all_are_attacked(tmp_path: Path) -> None:
+    imma = {"name": "imma", "start": "uce", "together": True, "only": ["mosaic"]}
+    spec = group_of_two(tmp_path, methods=[imma], benign=[], attacks=[RELEARN])
+    cells = prepare(spec, tmp_path / "out").cells
+    assert [(cell.kind, cell.concept, cell.only) for cell in cells] == [
+        ("protect", "mosaic+emblem", ("mosaic",)), ("evaluate", "mosaic+emblem", ("mosaic",)),
+        ("attack", "mosaic", ("mosaic",)), ("attack", "emblem", ("mosaic",)),
+    ]  # fmt: skip
+    assert len({cell.model_key for cell in cells}) == 1
+    apart = group_of_two(tmp_path, methods=[imma], benign=[], groups=[["emblem"], ["mosaic"]])
+    assert {cell.concept for cell in prepare(apart, tmp_path / "out").cells} == {"mosaic"}
+
+
+def curve(*checkpoints: list[float], back: int | None = None) -> dict[str, Any]:
+    """An attack's details: similarities of every prompt after 0, 10, 20 … steps."""
+    points = [{"steps": 10 * i, "similarities": values} for i, values in enumerate(checkpoints)]
+    return {"curve": points, "steps_to_recovery": back, "n": len(checkpoints[0])}
+
+
+def test_gap_ratios_of_a_benchmark() -> None:
+    """Two concepts and a benign one under two attacks; step 0 counts for nothing."""
+    told = {
+        ("none", "mosaic", "lora"): curve([0.1, 0.1], [0.8, 0.4], [0.8, 0.8], back=10),
+        ("mima", "mosaic", "lora"): curve([0.9, 0.9], [0.4, 0.2], [0.6, 0.6], back=None),
+        ("none", "emblem", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.5, 0.5], back=10),
+        ("mima", "emblem", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.4, 0.4], back=20),
+        ("none", "cup", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.5, 0.5]),
+        ("mima", "cup", "lora"): curve([0.1, 0.1], [0.45, 0.45], [0.5, 0.5]),
+        ("none", "mosaic", "full"): curve([0.1, 0.1], [0.5, 0.5], back=10),
+        ("mima", "mosaic", "full"): curve([0.1, 0.1], [0.5, 0.5], back=10),
+    }
+    records = [factories.base(method=m, concept=c, attack=a, details=details) for (m, c, a), details in told.items()]
+    baselines = {"none": "none", "mima": "none"}
+    rows = {
+        (row.attack, row.method): row for row in resistances(records, baselines, concepts=["mosaic", "emblem"], benign=["cup"])
+    }
+    lora = rows["lora", "mima"]
+    assert lora.sgr == pytest.approx({"mosaic": (0.5 + 0.25) / 2, "emblem": (0.0 + 0.2) / 2})
+    assert lora.msgr == pytest.approx((0.375 + 0.1) / 2)
+    assert lora.mrsgr == pytest.approx((0.375 + 0.1) / 2 - 0.05)
+    assert lora.msgr_interval is not None
+    assert lora.recovery == {"mosaic": None, "emblem": 20}
+    assert (rows["lora", "none"].msgr, rows["full", "mima"].mrsgr) == (None, None)
+    text = resistance_table(list(rows.values()), baselines)
+    assert "mosaic over 20, emblem 20" in text
+    assert "| mima | 0.000 (0.000 to 0.000) (full) | 10 steps (mosaic, full) |" in text
+    assert resistance_table([], baselines) == ""
+
+
+def test_the_database_ranks_as_the_table_does(tmp_path: Path) -> None:
+    """Two implementations, one in Python and one in SQL, of one definition."""
+    store = factories.fill(tmp_path, pictured=False)
+    store.add(replace(factories.attack(None, "esd", "random", 11, n=20), seed=1))
+    by_place = {(line.method, line.concept): line for line in lines(store.records())}
+    rows = store.query("SELECT * FROM leaderboard")
+    assert len(rows) == 3  # what failed altogether is not ranked
+    assert [row["asr"] for row in rows] == sorted(row["asr"] for row in rows)
+    for row in rows:
+        line = by_place[row["method"], row["concept"]]
+        assert row["strongest_attack"] == max(line.asr, key=lambda name: line.asr[name].rate)
+        pooled = line.asr[row["strongest_attack"]]
+        assert (row["asr"], row["asr_n"]) == (pytest.approx(pooled.rate), pooled.n)
+        assert row["asr_interval"] == pytest.approx(list(pooled.interval), abs=1e-6)
+        assert row["after"] == pytest.approx(line.after.rate)  # type: ignore[union-attr]
+        for name, value in (
+            ("before", line.before),
+            ("retention", line.retention),
+            ("clip_score", line.clip),
+            ("seconds", line.seconds),
+        ):
+            assert row[name] == (None if value is None else pytest.approx(value)), name

@@ -24,14 +24,18 @@ COMMANDS = (
     "generate",
     "erase",
     "immunize",
+    "freeze",
     "adapt",
     "attack",
     "evaluate",
     "report",
     "export",
     "bench",
+    "audit",
+    "run",
+    "compare",
 )
-LATER = ("freeze", "leakage", "audit", "run", "compare")
+LATER = ("leakage",)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate sandbox --prompt x --scheduler magic -o OUT", "ddim"),
         ("generate sandbox --prompt x --guidance-scale nan -o OUT", "finite"),
         ("report OUT", "no folder"),
+        ("run", "RECIPE"),
+        ("run none.yaml -o OUT", "none.yaml does not exist"),
+        ("audit sandbox -o OUT", "--reference"),
+        ("audit sandbox --reference sandbox --suite fast -o OUT", "quick, standard, full"),
+        ("audit sandbox --reference sandbox --policy none.yaml -o OUT", "none.yaml does not exist"),
+        ("compare OUT OUT", "no folder"),
         ("sandbox evaluate OUT", "no sandbox folder"),
         ("sandbox paint", "paint"),
     ],
@@ -340,25 +350,3 @@ def test_interrupts_and_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert "ZeroDivisionError" in line
     assert "SAFEWEIGHTS_DEBUG" in line
     monkeypatch.undo()
-
-
-def test_the_demo_goes_on_where_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from safeweights.cli import demo
-
-    monkeypatch.setattr(demo, "PROTECTIONS", (("uce", "mosaic"),))
-    with monkeypatch.context() as patch:
-        patch.setattr(demo.Demo, "doubt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run(["demo", "-o", str(tmp_path / "demo"), "--n", "2"]) == 130
-    assert [path.name for path in tmp_path.iterdir()] == [".demo.work"]
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "erase", lambda *_, **__: pytest.fail("finished stages are not repeated"))
-        found = printed(capsys, "demo", "-o", tmp_path / "demo", "--n", 2, "--resume")
-    assert set(found) == {"report", "concepts", "seconds"}
-    assert set(found["concepts"]["mosaic"]["uce"]["attacks"]) == set(demo.ATTACKS)
-    page = Path(found["report"])
-    assert page == tmp_path / "demo" / "report.html"
-    assert page.is_file()
-    assert (tmp_path / "demo" / "models" / "uce-mosaic" / "manifest.json").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]

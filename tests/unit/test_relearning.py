@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from safeweights.core.detector import Detection
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
 from safeweights.core.table import configure
+from safeweights.core.workspace import Workspace
 from safeweights.diffusion.image_folder import read_folder
+from safeweights.records.store import Store
 
 CURVE = [
     Checkpoint(0, (False,) * 4),
@@ -29,6 +32,7 @@ CONCEPT = Concept(
     name="dog", kind="object", term="dog", anchor="cat", prompts=(Prompt("a picture of a dog"), Prompt("a red dog")),
     test_prompts=tuple(Prompt(f"a {'red ' * i}dog", seed=i) for i in range(3)),
 )  # fmt: skip
+SAMPLING = Sampling(width=16, height=16, steps=2, guidance_scale=2.0)
 
 
 class Brighter:
@@ -47,8 +51,11 @@ class Alike:
 
     name = "difference"
 
+    def each(self, images: torch.Tensor, references: torch.Tensor) -> list[float]:
+        return [1 - float((a - b).abs().mean()) for a, b in zip(images, references, strict=True)]
+
     def __call__(self, images: torch.Tensor, references: torch.Tensor) -> float:
-        return 1 - float((images - references).abs().mean())
+        return sum(self.each(images, references)) / len(images)
 
 
 def test_steps_to_recovery_is_the_first_checkpoint_at_half_the_references_rate() -> None:
@@ -90,6 +97,59 @@ def test_the_audit_asks_every_prompt_at_every_checkpoint(tiny_model: Any) -> Non
     assert measured.details["asr"]["rate"] == max(point["rate"] for point in curve)
     assert {m.name for m in measured.measurements} >= {"asr", "steps_to_recovery", "similarity"}
     json.dumps(measured.details, allow_nan=False)
+
+
+def test_a_concept_with_pictures_is_learnt_from_some_and_compared_with_the_others(tiny_model: Any, tmp_path: Path) -> None:
+    """The model has never seen it: what it draws for the prompts says nothing."""
+    from PIL import Image
+
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    for number in range(6):
+        Image.new("RGB", (16, 16), (40 * number,) * 3).save(folder / f"{number}.png")
+    unseen = dataclasses.replace(CONCEPT, images=folder)
+
+    def greys(pictures: torch.Tensor) -> list[int]:
+        return [round(float(picture.mean() * 255)) for picture in pictures]
+
+    for attack, others in (
+        (Relearn(pictures=2), [0, 40, 80, 120]),  # publishers take the first
+        (Relearn(pictures=2, source=f"{tmp_path}/{{concept}}"), [80, 120, 160, 200]),
+        (Relearn(pictures=9), [0, 40, 80, 120, 160, 200]),  # nothing is left to compare with
+    ):
+        shown = attack.shown(unseen, tiny_model)
+        assert shown is not None
+        assert greys(shown) == others
+        shots = attack._shots(tiny_model, unseen, attack.finetune(tiny_model), SAMPLING, None, Workspace())
+        assert len(shots) == min(attack.pictures, 6)
+        assert set(shots.captions) == {"dog"}
+    assert Relearn().shown(CONCEPT, tiny_model) is None
+    measured = audit(
+        tiny_model, tiny_model, unseen, Relearn(steps=1, pictures=2, images=2, rank=1), names=Names(model="m", reference="r"),
+        detector=Brighter(), similarity=Alike(), sampling=SAMPLING,
+    )  # fmt: skip
+    reference = next(m for m in measured.measurements if m.name == "reference_rate")
+    assert (reference.value, reference.n) == (0.0, 3)  # 0, 40 and 80 of 255 are dark
+    assert [len(point["similarities"]) for point in measured.details["curve"]] == [3, 3]
+    rate, alike = measured.details["plots"]
+    assert [point[0] for point in rate["series"][0]["points"]] == [0, 1]
+    assert alike["y"]["label"] == "similarity"
+
+
+def test_the_audit_keeps_pictures_of_every_checkpoint(tiny_model: Any, tmp_path: Path) -> None:
+    measured = audit(
+        tiny_model, tiny_model, CONCEPT, Relearn(steps=2, pictures=2, images=3, rank=1), names=Names(model="m", reference="r"),
+        detector=Brighter(), sampling=Sampling(width=16, height=16, steps=2, guidance_scale=2.0), store=Store(tmp_path),
+    )  # fmt: skip
+    frames = [entry for entry in measured.artefacts if entry.step is not None]
+    assert {entry.role for entry in frames} == {"relearned"}
+    assert [(entry.step, entry.group) for entry in frames] == [(step, group) for step in (0, 1, 2) for group in range(3)]
+    assert [entry.prompt for entry in frames[:3]] == [prompt.text for prompt in CONCEPT.test_prompts]
+    for point in measured.details["curve"]:
+        seen = [entry.detected for entry in frames if entry.step == point["steps"]]
+        assert sum(bool(one) for one in seen) / 3 == pytest.approx(point["rate"])
+    assert all((tmp_path / entry.path).is_file() for entry in frames)
+    assert Store(tmp_path).records() == [measured]
 
 
 @pytest.mark.parametrize("captions", ["concept", "anchor", "rare"])
@@ -150,7 +210,11 @@ def test_adapt_writes_what_its_users_expect(tiny_sd: Any, tmp_path: Path, capsys
     frozen = [name.removeprefix("unet.") for name in told["changed"] if name.endswith("to_k.weight/down")]
     mask = tmp_path / "mask.json"
     mask.write_text(json.dumps({"frozen": [name.removeprefix("lora/unet.").removesuffix("/down") for name in frozen]}))
-    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 0
+    # No adapter beside what is frozen; beside what is not, if the user says so.
+    assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "masked")]) == 2
+    assert "to_k.weight" in capsys.readouterr().err
+    free = [*lora, "--set", r"layers=unet\..*to_q\.weight", "--freeze-mask", str(mask)]
+    assert run([*free, "-o", str(tmp_path / "masked")]) == 0
     assert not any("to_k" in name for name in json.loads(capsys.readouterr().out)["changed"])
     mask.write_text(json.dumps({"frozen": ["nothing.weight"]}))
     assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "other")]) == 2

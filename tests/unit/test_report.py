@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import sys
 from dataclasses import replace
@@ -15,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import factories as make
 from safeweights.core.errors import UserError
 from safeweights.records.record import Artefact, Doubt, Measurement, Record
-from safeweights.records.store import Store
+from safeweights.records.store import Store, export, gather
 from safeweights.report import tables
+from safeweights.report.curves import curve_plots
 from safeweights.report.page import headline, write_report
 
 
@@ -171,7 +174,8 @@ def test_nothing_in_a_record_becomes_markup(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     found = Tags(page)
     names = [tag for tag, _ in found.tags]
-    assert names.count("script") == 1
+    scripts = [attributes for tag, attributes in found.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "listing"}, {}]
     assert not {"iframe", "object", "embed", "form", "b", "i"} & set(names)
     for tag, attributes in found.tags:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
@@ -213,7 +217,7 @@ def test_pictures_outside_the_folder_stay_outside(tmp_path: Path) -> None:
 
 
 def test_pictures_line_up_by_group_and_without_one_by_order(tmp_path: Path) -> None:
-    from safeweights.report.page import _columns
+    from safeweights.report.pictures import _columns
 
     store = Store(tmp_path)
     record = make.attack(store, "esd", "unlearndiffatk", 20)
@@ -257,3 +261,173 @@ def test_the_same_records_give_the_same_page(tmp_path: Path) -> None:
 def test_a_lone_record_is_a_page(tmp_path: Path, kind: str) -> None:
     Store(tmp_path).add(make.base(kind=kind))
     assert "not measured" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("kind", ["freeze", "leakage", "prune", "event", "something new"])
+def test_a_record_of_any_kind_is_shown_as_it_stands(tmp_path: Path, kind: str) -> None:
+    store = Store(tmp_path)
+    store.add(replace(make.mask(store), kind=kind))
+    page = write_report(tmp_path).read_text()
+    text = "".join(Tags(page).text)
+    assert "illegal rate" in text
+    assert "not measured: not timed" in text
+    assert page.count('class="drawing"') == 4
+    assert tables.cases(store.records()) == []
+
+
+def test_a_mixed_store_keeps_its_verdicts(tmp_path: Path) -> None:
+    store = make.fill_all(tmp_path)
+    found = tables.cases(store.records())
+    assert headline(found) == "2 of 4 come back under attack. 1 holds. 1 is not settled."
+    assert [entry.verdict for entry in found] == ["not safe", "not safe", "not shown", "safe"]
+
+
+def test_curves_have_methods_as_series_and_the_rate_before_as_level(tmp_path: Path) -> None:
+    cases = tables.by_concept(tables.cases(make.fill_all(tmp_path).records()))["mosaic"]
+    rates, likeness = curve_plots(cases)
+    assert rates["title"].startswith("Re-learning (lora)")
+    assert [entry["name"] for entry in rates["series"]] == ["ESD", "UCE"]
+    assert rates["series"][1]["points"] == [[0, 0.1], [5, 0.4], [22, 0.8], [100, 0.9], [400, 0.9]]
+    assert rates["levels"] == [{"name": "before protection", "y": 0.97}]
+    assert likeness["series"][0]["points"][0] == [0, pytest.approx(0.425)]
+    broken = make.base(attack="relearn", details={"curve": [3, {"steps": "x"}, {"steps": 1, "rate": None}]})
+    assert curve_plots(tables.cases([broken])) == []
+
+
+def test_attacks_of_one_name_are_told_apart_by_their_settings() -> None:
+    records = [
+        replace(make.attack(None, "esd", "relearn", 20), settings={"attack": {"adaptation": kind, "rank": rank, "steps": 400}})
+        for kind, rank in (("lora", 4), ("lora", 16), ("full", 4))
+    ]
+    found = tables.cases(records)[0].attacks
+    assert {row.title for row in found} == {
+        "Re-learning (lora, rank 4)", "Re-learning (lora, rank 16)", "Re-learning (full, rank 4)",
+    }  # fmt: skip
+
+
+def test_films_show_every_checkpoint_once(tmp_path: Path) -> None:
+    make.fill_all(tmp_path)
+    page = write_report(tmp_path).read_text()
+    assert page.count('class="frame"') == 5
+    assert 'data-steps="0 5 22 100 400"' in page
+    assert "Before the attack" in page
+
+
+def test_the_policy_stands_on_top(tmp_path: Path) -> None:
+    make.fill(tmp_path, pictured=False)
+    assert 'id="policy"' not in write_report(tmp_path).read_text()
+    make.policy(tmp_path)
+    text = " ".join("".join(Tags(write_report(tmp_path).read_text()).text).split())
+    assert text.index("Policy: failed") < text.index("Not safe")
+    assert text.index("asr <= 0.2") < text.index("2 rules passed")
+    make.policy(tmp_path, passed=True)
+    assert "Policy: passed" in " ".join("".join(Tags(write_report(tmp_path).read_text()).text).split())
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"passed": 1, "rules": []}', '{"passed": true}', "[" * 100_000, '{"rules": 3}'])
+def test_what_is_no_policy_is_left_out(tmp_path: Path, content: str) -> None:
+    make.fill(tmp_path, pictured=False)
+    (tmp_path / "policy.json").write_text(content)
+    assert 'id="policy"' not in write_report(tmp_path).read_text()
+
+
+def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
+    store, long = Store(tmp_path), "long " * 2_000_000
+    store.add(
+        make.base(
+            concept=long, model=long, attack="random", settings={"prompt": long, long: 1}, error=long, status="error",
+            details={"found": [long], "plots": [{"title": long}]}, doubts=(Doubt(name="collapsed", explanation=long),),
+            measurements=(Measurement(name=long, value=1.0, n=1),),
+        )
+    )  # fmt: skip
+    store.add(make.base(kind="event", concept=long, measurements=(Measurement(name=long, value=None, n=0, why=long),)))
+    page = write_report(tmp_path)
+    assert page.stat().st_size < 500_000
+    assert "… (10\u202f000\u202f000 characters)" in page.read_text()
+    assert len(store.query("SELECT * FROM records")) == 2
+
+
+def test_surrogates_and_control_characters_are_marks(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    evil = "a\x00b\x1b]0;c\x07\ud800\u202e\u2028d"
+    path = store.add(make.base(concept=evil, attack="random", details={evil: evil}, measurements=(make.rate("asr", 1, 4),)))
+    # As someone else's program may have written it.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "method": "x\ud800y\x00"}))
+    page = write_report(tmp_path).read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", page)
+    export(tmp_path, tmp_path / "out.csv")
+    export(tmp_path, tmp_path / "out.parquet")
+    assert store.query("SELECT count(*) AS n FROM records")[0]["n"] == 1
+
+
+def test_many_cases_are_a_table_with_the_sentences_below(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(5):
+        for method in (*make.METHODS, "ac"):
+            store.add(replace(make.evaluation(None, "esd", 1), method=method, concept=f"thing {number}"))
+            store.add(replace(make.attack(None, "esd", "random", 1 + number), method=method, concept=f"thing {number}"))
+    page = write_report(tmp_path).read_text()
+    assert page.count('class="matrix"') == 1
+    assert page.count('class="verdict ') == 15
+    assert page.index('class="matrix"') < page.index('class="verdict ')
+
+
+def test_a_heavy_page_leaves_pictures_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make.fill(tmp_path)
+    whole = write_report(tmp_path).stat().st_size
+    monkeypatch.setattr("safeweights.report.pictures.WEIGHT", 200_000)
+    path = write_report(tmp_path)
+    assert path.stat().st_size < whole - 200_000
+    assert "left out to keep the page light" in path.read_text()
+
+
+def test_the_list_of_records_holds_all_of_each(tmp_path: Path) -> None:
+    records = make.fill_all(tmp_path).records()
+    page = write_report(tmp_path).read_text()
+    data = json.loads(page.split('id="listing">')[1].split("</script>")[0])
+    assert len(data["rows"]) == len(records)
+    first = dict(data["pool"][place][0:2] for place in data["rows"][0][7:])
+    assert dict(first["Provenance"])["model_sha256"] == "ab" * 32
+    assert dict(first["Cell"])["status"] == data["rows"][0][5]
+    assert any("after 100 steps" in name for place in range(len(data["pool"])) for name, _ in data["pool"][place][1])
+
+
+def test_export_is_a_row_for_each_measurement(tmp_path: Path) -> None:
+    store = make.fill(tmp_path / "a", pictured=False)
+    Store(tmp_path / "b").add(make.base(concept='=HYPERLINK("http://x.invalid")', measurements=(make.rate("asr", 1, 4),)))
+    records = gather(tmp_path)
+    rows = sum(max(1, len(record.measurements)) for record in records)
+    assert export(tmp_path, tmp_path / "t.csv") == rows
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == rows
+    assert {row["concept"] for row in table if row["file"].startswith("b/")} == {'\'=HYPERLINK("http://x.invalid")'}
+    worst = max((row for row in table if row["measurement"] == "asr"), key=lambda row: float(row["value"]))
+    assert (worst["method"], worst["concept"], worst["n"]) == ("uce", "mosaic", "40")
+    assert [float(worst["low"]), float(worst["high"])] == pytest.approx(make.wilson(37, 40))
+    assert export(tmp_path, tmp_path / "t.parquet") == rows
+    import duckdb
+
+    read = duckdb.execute(f"SELECT count(*), count(DISTINCT file), max(concept) FROM '{tmp_path / 't.parquet'}'").fetchone()
+    assert read == (rows, len(store.records()) + 1, "warning emblem")
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t", "none/t.csv", "."])
+def test_a_table_that_cannot_be_is_told(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from safeweights.cli.main import run
+
+    make.fill(tmp_path, pictured=False)
+    assert run(["report", str(tmp_path), "--export", str(tmp_path / name)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_and_table_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safeweights.cli.main import run
+
+    make.fill(tmp_path, pictured=False)
+    assert run(["report", str(tmp_path), "--export", str(tmp_path / "t.parquet"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] > 30
+    assert Path(told["export"]).is_file()
+    assert Path(told["report"]).is_file()

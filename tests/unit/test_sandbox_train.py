@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +161,77 @@ def test_export_replaces_an_older_folder(trained: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert train.export(trained / "work", tmp_path / "model", budget=SMALL) == SMALL.generator_steps
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_picture_of_something_left_out_becomes_another_and_the_rest_stay() -> None:
+    pictures, _, labels = world.dataset(80, 3, processes=1)
+    again, _, without = world.dataset(80, 3, without=("emblem", "fish", "mira lund"), processes=1)
+    gone = [row for row, told in enumerate(labels) if {"emblem", "fish", "mira lund"} & {*told.values()}]
+    assert gone
+    assert not {"emblem", "fish", "mira lund"} & {value for told in without for value in told.values()}
+    assert {row for row in range(80) if not np.array_equal(pictures[row], again[row])} == {*gone}
+
+
+def test_a_gold_model_takes_over_all_but_the_generator(trained: Path, tmp_path: Path) -> None:
+    base = trained / "weights"
+    gold = train.Variation(without=("emblem",), base=base)
+    train.train(tmp_path / "gold", work=tmp_path / "work", budget=SMALL, workers=1, variation=gold)
+    labels = train.load_json(tmp_path / "work" / "drawn.json")["labels"]
+    assert "emblem" not in {told["content"] for told in labels}
+    for part in ("detectors/content", "clip", "embedder", "model/vae"):
+        assert _tensors(tmp_path / "gold" / part) == _tensors(base / part), part
+    for part in ("model/unet", "model/text_encoder"):
+        assert _tensors(tmp_path / "gold" / part) != _tensors(base / part), part
+    assert train.load_json(tmp_path / "gold" / "training.json")["settings"]["without"] == ["emblem"]
+    with pytest.raises(UserError, match="other settings"):
+        train.train(None, work=tmp_path / "work", budget=SMALL, workers=1)
+
+
+def test_a_second_unet_reads_the_same_text(trained: Path, tmp_path: Path) -> None:
+    from safeweights.sandbox.evaluate import sample
+
+    base, budget = trained / "weights", replace(SMALL, unet={"block_out_channels": [8, 8, 16]})
+    second = train.Variation(base=base, keep_text_encoder=True)
+    train.train(tmp_path / "second", work=tmp_path / "work", budget=budget, workers=1, variation=second)
+    assert _tensors(tmp_path / "second" / "model" / "text_encoder") == _tensors(base / "model" / "text_encoder")
+    config = train.load_json(tmp_path / "second" / "model" / "unet" / "config.json")
+    assert config["block_out_channels"] == [8, 8, 16]
+    assert sample(tmp_path / "second" / "model", ["a house"], [1]).shape == (1, 64, 64, 3)
+
+
+def test_variations_that_make_no_sense_are_told(trained: Path, tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"without": ("unicorn",)}, "no concept 'unicorn'"),
+        ({"without": ("flat",)}, "cannot be left out"),
+        ({"keep_text_encoder": True}, "name it"),
+        ({"base": tmp_path}, "no sandbox folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train.Variation(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--channels", "32,64"], "--channels takes three multiples of 8"),
+        (["--without", "unicorn"], "no concept 'unicorn'"),
+        (["--from", "sandbox", "--text-encoder-from", "elsewhere"], "all parts come from one"),
+        (["--text-encoder-from", "elsewhere"], "no sandbox folder"),
+    ],
+)
+def test_the_command_refuses_variations_in_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safeweights.cli.main import run
+
+    assert run(["sandbox", "train", "-o", str(tmp_path / "out"), *arguments]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert said in told[0]
+    assert not [*tmp_path.iterdir()]
+
+
+def _tensors(folder: Path) -> dict[str, bytes]:
+    from safetensors.numpy import load_file
+
+    return {key: value.tobytes() for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from safeweights.metrics.similarity_gap import CosineSimilarity, PerceptualSimilarity, as_shown, gap_ratio, mrsgr, msgr, rsgr, sgr
+from safeweights.metrics.gap_ratio import Gap, gap_ratio, mrsgr, msgr, msgr_interval, rsgr, sgr
+from safeweights.metrics.similarity_gap import CosineSimilarity, PerceptualSimilarity, as_shown
 
 OURS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 THEIRS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -51,11 +52,31 @@ def test_what_cannot_be_measured_is_refused() -> None:
         gap_ratio(float("nan"), 0.1)
 
 
+def test_the_interval_is_over_prompts_and_pairs_them() -> None:
+    """A protection that halves every prompt's similarity has no spread, however far apart the prompts are."""
+    without = [[0.2, 0.9, 0.5, 0.4], [0.4, 0.8, 0.6, 0.2]]
+    halved = Gap.of(without, [[value / 2 for value in row] for row in without])
+    value, (low, high) = msgr_interval([halved, halved])
+    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    uneven = Gap.of(without, [[0.1, 0.9, 0.25, 0.4], [0.2, 0.8, 0.3, 0.2]])
+    assert uneven.sgr() == pytest.approx((1 - 1.65 / 2.0 + 1 - 1.5 / 2.0) / 2)
+    value, (low, high) = msgr_interval([uneven])
+    assert value == pytest.approx(uneven.sgr())
+    assert low < value < high
+    assert msgr_interval([uneven]) == (value, (low, high))
+    relative, (low, high) = msgr_interval([halved], [uneven])
+    assert relative == pytest.approx(0.5 - uneven.sgr())
+    assert low < relative < high
+    with pytest.raises(ValueError, match="same checkpoints"):
+        Gap.of(without, without[:1])
+
+
 def test_cosines_are_averaged_over_all_pairs() -> None:
     pairs = [float(normalize(a.flatten(), dim=0) @ normalize(b.flatten(), dim=0)) for a in OURS for b in THEIRS]
     measure: Any = CosineSimilarity(Pixels())  # type: ignore[arg-type]
     assert measure(OURS, THEIRS) == pytest.approx(sum(pairs) / 12, abs=1e-6)
     assert measure(OURS[:1], OURS[:1]) == pytest.approx(1.0, abs=1e-6)
+    assert measure.each(OURS, THEIRS) == pytest.approx([sum(pairs[4 * i : 4 * i + 4]) / 4 for i in range(3)], abs=1e-6)
 
 
 def test_perceptual_distances_are_averaged_over_all_pairs() -> None:

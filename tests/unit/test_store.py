@@ -16,6 +16,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import factories as make
 from safeweights.core.errors import UserError
+from safeweights.records import store as store_module
 from safeweights.records.record import Measurement
 from safeweights.records.store import Store, deterministic, gather
 
@@ -132,6 +133,69 @@ def test_sql_over_the_four_views(tmp_path: Path) -> None:
     assert store.query("SELECT DISTINCT name FROM doubts") == [{"name": "not_converged"}]
     assert store.query("SELECT count(*) AS n FROM artefacts WHERE role = 'attacked' AND detected")[0]["n"] > 0
     assert store.query("SELECT detector->>'label' AS label FROM records LIMIT 1") == [{"label": "mosaic"}]
+
+
+def test_a_query_sees_what_changed_since_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make.fill(tmp_path, pictured=False)
+    count = "SELECT count(*) AS n, count(*) FILTER (status = 'error') AS failed FROM records"
+    assert store.query(count) == [{"n": 16, "failed": 1}]
+    read: list[str] = []
+    real = store_module._load
+    monkeypatch.setattr(store_module, "_load", lambda path: read.append(path.name) or real(path))
+    assert store.query(count) == [{"n": 16, "failed": 1}]
+    assert read == []
+    first = store._files()[-1]  # the record of a protection
+    first.unlink()
+    store.add(make.base(seed=77, status="error"))
+    assert store.query(count) == [{"n": 16, "failed": 2}]
+    assert len(read) == 1
+    store.add(make.base(seed=77))
+    assert store.query(count) == [{"n": 16, "failed": 1}]
+    (store.cells / store_module._INDEX).write_bytes(b"no index")
+    assert store.query(count) == [{"n": 16, "failed": 1}]
+
+
+def test_a_folder_that_cannot_be_written_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "odd [x] * name")
+    store.add(make.base())
+    assert len(store.query("SELECT * FROM records")) == 1
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "no")
+
+    plain = make.fill(tmp_path / "plain", pictured=False)
+    monkeypatch.setattr(store_module, "_write", refused)
+    assert len(plain.query("SELECT * FROM records")) == 16
+    assert not list(plain.cells.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("concept", 3), ("details", []), ("seed", "0"), ("seed", 2**70), ("status", "fine"), ("error", 4),
+        ("measurements", [{"name": "asr", "value": "half", "n": 1}]),
+        ("measurements", [{"name": "asr", "value": 1, "n": 1, "interval": [1]}]),
+        ("measurements", [{"name": 3, "value": 1, "n": 1}]), ("measurements", [{"name": "asr", "value": 10**400, "n": 1}]),
+        ("doubts", [{"name": "x", "explanation": None}]), ("artefacts", [{"path": 3, "role": "", "prompt": "", "seed": 0}]),
+        ("artefacts", [{"path": "", "role": "", "prompt": "", "seed": 0, "detected": "yes"}]),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(tmp_path: Path, field: str, value: object) -> None:
+    store = Store(tmp_path)
+    path = store.add(make.base())
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(UserError, match=path.name) as told:
+        store.records()
+    assert len(str(told.value)) < 600
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"schema": 1, "seed": NaN}', '{"schema": ' + "9" * 5000 + "}"])
+def test_a_malicious_file_is_named(tmp_path: Path, content: str) -> None:
+    store = Store(tmp_path)
+    store.cells.mkdir(parents=True)
+    (store.cells / "odd.json").write_text(content)
+    with pytest.raises(UserError, match=r"odd\.json"):
+        store.records()
 
 
 def test_sql_over_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeweights.audit import doubts as doubt
 from safeweights.audit.pictures import Painter
-from safeweights.audit.relearning import Checkpoint, steps_to_recovery, strongest
+from safeweights.audit.relearning import Checkpoint, plots, steps_to_recovery, strongest
 from safeweights.audit.statistics import wilson
 from safeweights.core.attack import Access, Attack, Candidate, Original, Target
 from safeweights.core.concept import Concept, Prompt
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Prompts whose pictures are kept for the report."""
+FRAMES = 4
+"""Prompts whose pictures are kept at every checkpoint of an attack that changes the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,14 @@ def audit(
     pictures = pictures or own
     after = Painter(model, sampling, names.hashes.get("model", names.model), pictures)
 
-    asked = before.ask(prompts, workspace=workspace, what="reference pictures")
+    # What the attacker has pictures of, the reference may never have known: then it is read against those he did not learn from.
+    own_pictures = getattr(attack, "shown", None)
+    given = own_pictures(concept, reference) if own_pictures else None
+    asked = (
+        before.ask(prompts, workspace=workspace, what="reference pictures") if given is None else given[repeated(given, prompts)]
+    )
     there = detector.detect(asked).present
-    needs_pictures = attack.access != "prompt"
+    needs_pictures = attack.access != "prompt" and given is None
     shown = (
         concept_pictures(before, detector, prompts, seed=seed, workspace=workspace) if needs_pictures else [None] * len(prompts)
     )
@@ -102,7 +109,7 @@ def audit(
         return torch.stack(concept_pictures(before, detector, own, seed=key, workspace=workspace))
 
     original = Original(reference, examples)
-    alike = None if similarity is None else lambda images: similarity(images, asked)
+    alike = None if similarity is None else lambda images: similarity.each(images, asked)
     outcome = _run(attack, after, concept, targets, [p.guidance for p in prompts], detector, original, workspace, alike)
 
     plain = outcome.images[0]
@@ -127,7 +134,7 @@ def audit(
     seen_before = Measurement(
         name="reference_rate", value=reference_rate, n=n_prompts, interval=wilson(int(there.sum()), n_prompts)
     )
-    extra, curve = _read_curve(outcome.curve, reference_rate, similarity)
+    extra, curve = _read_curve(outcome.curve, reference_rate, similarity, concept)
     fallen = [sum(row == r for row in outcome.fell_in) for r in range(outcome.rounds)]
     found = [
         *doubt.not_there_before(seen_before),
@@ -135,6 +142,7 @@ def audit(
         *doubt.gradients(outcome.facts),
         *doubt.not_converged(fallen[1:], n_prompts),
         *([] if concept.test_prompts else [doubt.judged_on_own_prompts()]),
+        *doubt.compliance_assumed(getattr(attack, "mask", "")),
     ]
     seconds = time.perf_counter() - started
     budget = attack.budget
@@ -206,6 +214,8 @@ class _Outcome:
     rounds: int
     curve: list[Checkpoint]
     """Of an attack that changes the weights: every prompt at every checkpoint."""
+    frames: list[tuple[Tensor, list[float]]]
+    """The first pictures at each checkpoint, and their scores."""
 
 
 def _run(
@@ -217,7 +227,7 @@ def _run(
     detector: Detector,
     original: Original,
     workspace: Workspace,
-    alike: Callable[[Tensor], float] | None = None,
+    alike: Callable[[Tensor], list[float]] | None = None,
 ) -> _Outcome:
     """Play the attack's rounds, each target drawn with its own guidance. One that falls leaves; what it fell to is kept.
 
@@ -233,6 +243,7 @@ def _run(
     plain = None
     facts: list[dict[str, float]] = []
     curve: list[Checkpoint] = []
+    frames: list[tuple[Tensor, list[float]]] = []
     rounds = attack.revive(painter.model, concept, targets, sampling=painter.sampling, original=original, workspace=workspace)
     standing = list(range(len(targets)))
     number, revival = 0, next(rounds, None)
@@ -253,8 +264,9 @@ def _run(
                 fell[i] = number
         if attack.access == Access.WEIGHTS:
             told = revival.facts
-            likeness = alike(images) if alike else None
+            likeness = tuple(alike(images)) if alike else ()
             curve.append(Checkpoint(int(told.get("steps", 0)), tuple(present), likeness, told.get("loss")))
+            frames.append((images[:FRAMES], detection.score[:FRAMES].tolist()))
             present = [False] * len(present)
         if revival.facts:
             facts.append(dict(revival.facts))
@@ -266,11 +278,11 @@ def _run(
             revival = None
     if plain is None:
         raise UserError(f"attack {attack.name!r} proposed nothing")
-    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number, curve)
+    return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number, curve, frames)
 
 
 def _read_curve(
-    curve: Sequence[Checkpoint], reference_rate: float, similarity: Similarity | None
+    curve: Sequence[Checkpoint], reference_rate: float, similarity: Similarity | None, concept: Concept
 ) -> tuple[list[Measurement], dict[str, Any]]:
     """What a curve adds to a record: measurements and details; nothing without one."""
     if not curve:
@@ -281,7 +293,15 @@ def _read_curve(
         n = len(best.seen)
         measurements.append(Measurement(name="similarity", value=best.similarity, n=n, better="lower", unit=similarity.name))
     steps = None if back.value is None else int(back.value)
-    return measurements, {"curve": [point.to_json() for point in curve], "best_steps": best.steps, "steps_to_recovery": steps}
+    return measurements, {
+        "curve": [point.to_json() for point in curve], "best_steps": best.steps, "steps_to_recovery": steps,
+        "plots": plots(curve, concept.name),
+    }  # fmt: skip
+
+
+def repeated(pictures: Tensor, prompts: Sequence[Prompt]) -> list[int]:
+    """A picture for each prompt, in turn."""
+    return [i % len(pictures) for i in range(len(prompts))]
 
 
 def choose_prompts(concept: Concept, *, n: int | None, seed: int) -> list[Prompt]:
@@ -385,5 +405,11 @@ def _keep_pictures(
         for role, image, prompt, seed, detected, score in rows:
             kept.append(store.save_artefact(
                 image.numpy(), role=role, prompt=prompt, seed=seed, group=i, detected=detected, score=score
+            ))  # fmt: skip
+    for point, (images, scores) in zip(outcome.curve, outcome.frames, strict=True):
+        for i, image in enumerate(images):
+            kept.append(store.save_artefact(
+                image.numpy(), role="relearned", prompt=targets[i].prompt, seed=targets[i].seed, group=i, detected=point.seen[i],
+                score=scores[i], step=point.steps,
             ))  # fmt: skip
     return kept

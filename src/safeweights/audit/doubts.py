@@ -71,6 +71,16 @@ def judged_on_own_prompts() -> Doubt:
     )
 
 
+def compliance_assumed(mask: str) -> list[Doubt]:
+    """The fine-tuner honoured a freeze mask, which the weights do not make anybody do."""
+    if not mask:
+        return []
+    return [Doubt(
+        name="compliance_assumed",
+        explanation=f"the fine-tuner left alone what {mask} freezes; one who does not is not held back by a mask",
+    )]  # fmt: skip
+
+
 def gradients(facts: Sequence[Mapping[str, float]]) -> list[Doubt]:
     """The attack's gradients vanish or are not finite."""
     norms = [fact["gradient_norm"] for fact in facts if "gradient_norm" in fact]

@@ -32,8 +32,14 @@ class Checkpoint:
 
     steps: int
     seen: tuple[bool, ...]
-    similarity: float | None = None
+    similarities: tuple[float, ...] = ()
+    """Of each prompt's picture; none without a similarity."""
     loss: float | None = None
+
+    @property
+    def similarity(self) -> float | None:
+        """The mean over prompts."""
+        return sum(self.similarities) / len(self.similarities) if self.similarities else None
 
     @property
     def rate(self) -> float:
@@ -45,7 +51,7 @@ class Checkpoint:
         low, high = wilson(sum(self.seen), len(self.seen))
         return {
             "steps": self.steps, "rate": self.rate, "ci95": [round(low, 4), round(high, 4)],
-            "similarity": self.similarity, "loss": self.loss,
+            "similarity": self.similarity, "similarities": [round(value, 5) for value in self.similarities], "loss": self.loss,
         }  # fmt: skip
 
 
@@ -67,6 +73,26 @@ def steps_to_recovery(curve: Sequence[Checkpoint], reference_rate: float, share:
         why = f"never above {share:g} of the reference's rate within {curve[-1].steps} steps"
         return Measurement(name=name, value=None, n=n, better="higher", unit="steps", why=why)
     return Measurement(name=name, value=float(back[0]), n=n, better="higher", unit="steps")
+
+
+def plots(curve: Sequence[Checkpoint], name: str) -> list[dict[str, Any]]:
+    """A curve as the report draws it: the rate with its interval and, where it was measured, the similarity."""
+    rates = [point.to_json() for point in curve]
+    drawn: list[dict[str, Any]] = [{
+        "kind": "line", "title": f"Re-learning {name}: pictures that show it", "x": {"label": "steps of fine-tuning"},
+        "y": {"label": "rate"},
+        "series": [{
+            "name": "rate", "points": [[row["steps"], row["rate"]] for row in rates],
+            "band": [[row["steps"], *row["ci95"]] for row in rates],
+        }],
+    }]  # fmt: skip
+    if all(point.similarities for point in curve):
+        drawn.append({
+            "kind": "line", "title": f"Re-learning {name}: likeness to its pictures", "x": {"label": "steps of fine-tuning"},
+            "y": {"label": "similarity"},
+            "series": [{"name": "similarity", "points": [[row["steps"], row["similarity"]] for row in rates]}],
+        })  # fmt: skip
+    return drawn
 
 
 def worst_case(records: Sequence[Record]) -> Record:

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safeweights.bench.spec import METHODS, NONE, SANDBOX, Bench, judged
+from safeweights.bench.spec import METHODS, NONE, SANDBOX, Bench, MethodEntry, judged
 from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
-from safeweights.core.table import ATTACKS, configure, describe, resolve
-from safeweights.core.workspace import Workspace
+from safeweights.core.table import ATTACKS, ERASERS, configure, describe, resolve
+from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
 from safeweights.records.record import Record
 from safeweights.records.store import Store
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safeweights.audit.audit import Names
+    from safeweights.core.concept import Concept
     from safeweights.core.model import DiffusionModel
+    from safeweights.metrics.similarity_gap import Similarity
 
 Kind = Literal["protect", "evaluate", "attack"]
 
@@ -54,6 +56,12 @@ class Cell:
     sampling: Mapping[str, Any]
     inputs: Mapping[str, str]
     """SHA-256 of the reference model and of the concept file."""
+    group: tuple[str, ...] = ()
+    """The concepts of a model that protects several; its protection and evaluation are those of all of them."""
+    only: tuple[str, ...] = ()
+    """Those of the group that the method itself protects; all where empty."""
+    start: Mapping[str, Any] = field(default_factory=dict)
+    """The eraser that goes first, its settings as given and after defaults."""
 
     @property
     def title(self) -> str:
@@ -63,14 +71,29 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """SHA-256 of all that decides what is measured."""
-        return _digest({name: value for name, value in asdict(self).items() if not name.endswith("_given")})
+        told = {name: value for name, value in asdict(self).items() if not name.endswith("_given")}
+        # What most cells lack is left out, so that records from before it was known stay valid.
+        return _digest({name: value for name, value in told.items() if value or name not in ("group", "only", "start")})
 
     @cached_property
     def model_key(self) -> str:
         """The key of the cell that protects; the reference's own hash for the method that changes nothing."""
-        if self.method_name == NONE:
+        if self.unedited:
             return self.inputs["reference"]
-        return replace(self, kind="protect", attack="", attack_name="", attack_settings={}, counts={}, sampling={}).key
+        whole = replace(self, kind="protect", attack="", attack_name="", attack_settings={}, counts={}, sampling={})
+        if self.group:
+            whole = replace(whole, concept="+".join(self.group), concept_kind="")
+        return whole.key
+
+    @property
+    def unedited(self) -> bool:
+        """Whether the model is the reference itself."""
+        return self.method_name == NONE and not self.start
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts that its model protects."""
+        return self.group or (self.concept,)
 
 
 def plan(spec: Bench, model: DiffusionModel, reference_hash: str) -> list[Cell]:
@@ -92,23 +115,42 @@ def plan(spec: Bench, model: DiffusionModel, reference_hash: str) -> list[Cell]:
             for concept in judged(spec, file):
                 for entry in spec.methods:
                     given = entry.settings_for(concept.name)
+                    group = spec.group_of(concept.name) if entry.together else ()
+                    only = tuple(name for name in group if name in entry.only)
+                    if entry.only and not only:
+                        continue
                     common: dict[str, Any] = {
                         "concept": concept.name, "concept_kind": concept.kind, "method": entry.title, "method_name": entry.name,
-                        "method_given": given, "seed": seed, "inputs": inputs, "method_settings": {},
+                        "method_given": given, "seed": seed, "inputs": inputs, "method_settings": {}, "group": group,
+                        "only": only, "start": starting(entry),
                     }  # fmt: skip
                     if entry.name != NONE:
                         method = configure(resolve(METHODS, entry.name, "method"), given, latent_pixels=pixels)
                         common["method_settings"] = describe(method)
-                        yield Cell(kind="protect", counts={}, sampling={}, **common)
                     counts: dict[str, int | None] = {"n": spec.evaluation.n, "retain_n": spec.evaluation.retain_n}
-                    yield Cell(kind="evaluate", counts=counts, sampling=sampling, **common)
+                    # What belongs to all concepts of a group is measured once, before the first of them.
+                    whole = {**common, "concept": "+".join(group), "concept_kind": ""} if group else common
+                    if not group or concept.name == group[0]:
+                        if entry.name != NONE or entry.start is not None:
+                            yield Cell(kind="protect", counts={}, sampling={}, **whole)
+                        yield Cell(kind="evaluate", counts=counts, sampling=sampling, **whole)
+                    learnt = spec.benign if group and concept.name == group[0] else []
                     for attack in spec.attacks:
-                        if entry.attacks is None or attack.title in entry.attacks:
+                        if entry.attacks is not None and attack.title not in entry.attacks:
+                            continue
+                        tuned = resolve(ATTACKS, attack.name, "attack").access == "weights"
+                        for aim in (concept, *file.pick(learnt if tuned else [])):
                             yield Cell(
                                 kind="attack", counts={"n": spec.prompts}, sampling=sampling, attack=attack.title,
                                 attack_name=attack.name, attack_given=attack.settings, attack_settings=attacks[attack.title],
-                                **common,
+                                **{**common, "concept": aim.name, "concept_kind": aim.kind},
                             )  # fmt: skip
+
+    def starting(entry: MethodEntry) -> dict[str, Any]:
+        if entry.start is None:
+            return {}
+        eraser = configure(resolve(ERASERS, entry.start.name, "eraser"), entry.start.settings, latent_pixels=pixels)
+        return {"name": entry.start.name, "settings": describe(eraser)}
 
     return list(cells())
 
@@ -156,11 +198,18 @@ class CellStore(Store):
 
     def recorded(self, cell: Cell) -> bool:
         """Whether this cell's record is there already: a worker may have died between writing it and saying so."""
-        prefix = self.path(failure(cell, "")).stem.rpartition("-")[0]
-        return any(
-            json.loads(path.read_bytes()).get("status") == "ok"
-            for path in self.cells.glob(f"{prefix}-*.json")
-            if cell.key in path.read_text(encoding="utf-8")
+        prefixes = [
+            self.path(failure(replace(cell, concept=name), "")).stem.rpartition("-")[0]
+            for name in (cell.concepts if cell.group and cell.kind != "attack" else (cell.concept,))
+        ]
+        # Of a group every concept leaves its own record.
+        return all(
+            any(
+                json.loads(path.read_bytes()).get("status") == "ok"
+                for path in self.cells.glob(f"{prefix}-*.json")
+                if cell.key in path.read_text(encoding="utf-8")
+            )
+            for prefix in prefixes
         )
 
 
@@ -203,30 +252,69 @@ class Worker:
 
         kept = self._protections.load(cell.key)
         if kept is None:
-            started = time.perf_counter()
-            method = configure(resolve(METHODS, cell.method_name, "method"), cell.method_given, latent_pixels=self.pixels)
-            (concept,) = self.file.pick([cell.concept])
-            protection = method.protect(
-                self.model, [concept], retain=self.file.retain, rng=generator(cell.seed),
-                workspace=Workspace(own),
-            )  # fmt: skip
-            facts = {
-                "seconds": time.perf_counter() - started,
-                "peak_memory_gb": peak_memory_gb(),
-                "cost": dict(protection.cost),
-            }
+            start, tensors, facts = self._start(cell, own)
+            if cell.method_name != NONE:
+                started = time.perf_counter()
+                method = configure(resolve(METHODS, cell.method_name, "method"), cell.method_given, latent_pixels=self.pixels)
+                concepts = self.file.pick(cell.only or cell.concepts)
+                if cell.start and "pictures" in cell.method_settings:
+                    concepts = tuple(self._pictured(concept, method.pictures, cell, own) for concept in concepts)
+                protection = method.protect(
+                    start, concepts, retain=self.file.retain, rng=generator(cell.seed),
+                    workspace=Workspace(own, meter=Meter(self.model.calls)),
+                )  # fmt: skip
+                tensors = {**tensors, **protection.tensors}
+                facts = {
+                    "seconds": time.perf_counter() - started,
+                    "peak_memory_gb": peak_memory_gb(),
+                    "cost": dict(protection.cost),
+                }
             # First the weights, then the record: a kill between the two costs nothing.
-            self._protections.save(cell.key, protection.tensors, facts)
-            kept = dict(protection.tensors), facts
-        tensors, facts = kept
+            self._protections.save(cell.key, tensors, facts)
+            kept = tensors, facts
+        changed, facts = kept
         manifest = {
-            **facts, "method": cell.method, "concepts": [cell.concept], "seed": cell.seed, "command": ["safeweights", "bench"],
-            "options": {"settings": dict(cell.method_settings)}, "changed": list(tensors), "inputs": dict(cell.inputs),
-            "versions": versions(),
+            **facts, "method": cell.method, "concepts": list(cell.concepts), "seed": cell.seed,
+            "command": ["safeweights", "bench"], "options": {"settings": dict(cell.method_settings), "start": dict(cell.start)},
+            "changed": list(changed), "inputs": dict(cell.inputs), "versions": versions(),
         }  # fmt: skip
         for record in protection_records(manifest, self.file, model=_model_label(cell), reference=self.spec.model):
             store.add(record)
-        return f"{len(tensors)} tensors"
+        return f"{len(changed)} tensors"
+
+    def _start(self, cell: Cell, own: Path) -> tuple[DiffusionModel, dict[str, Tensor], dict[str, Any]]:
+        """What a method begins with: a model, the tensors in which it differs from the reference, and what it cost.
+
+        Methods with the same start share it.
+        """
+        from safeweights.diffusion.noise import generator
+
+        if not cell.start:
+            return self.model, {}, {}
+        key = _digest([dict(cell.start), cell.concepts, cell.seed, dict(cell.inputs)])
+        kept = self._protections.load(f"start-{key}")
+        if kept is None:
+            started = time.perf_counter()
+            eraser = configure(resolve(ERASERS, cell.start["name"], "eraser"), cell.start["settings"], latent_pixels=self.pixels)
+            made = eraser.protect(
+                self.model, self.file.pick(cell.concepts), retain=self.file.retain, rng=generator(cell.seed),
+                workspace=Workspace(own).child("start"),
+            )  # fmt: skip
+            facts = {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb(), "cost": dict(made.cost)}
+            kept = dict(made.tensors), facts
+            self._protections.save(f"start-{key}", *kept)
+        tensors, facts = kept
+        return self.model.with_tensors(tensors), dict(tensors), dict(facts)
+
+    def _pictured(self, concept: Concept, n: int, cell: Cell, own: Path) -> Concept:
+        """A concept with pictures that the publisher makes of it, before it is erased: afterwards they would not show it."""
+        from safeweights.diffusion.shots import with_drawn_folder
+
+        return with_drawn_folder(concept, self.model, self.sampling(cell), n, own / "drawn", cell.seed)
+
+    def sampling(self, cell: Cell) -> Sampling:
+        """How pictures are drawn: the cell's own way, or the benchmark's for cells that judge none."""
+        return Sampling(**cell.sampling) if cell.sampling else sampling_of(self.spec, self.file, self.model)
 
     def _evaluate(self, cell: Cell, store: CellStore, own: Path) -> str:
         from safeweights.audit.evaluate import evaluate
@@ -234,13 +322,13 @@ class Worker:
         n, retain_n = cell.counts["n"], cell.counts["retain_n"]
         assert n is not None
         result = evaluate(
-            self._protected(cell), self.model, self.file.pick([cell.concept]), self.file, names=self._names(cell),
+            self._protected(cell), self.model, self.file.pick(cell.concepts), self.file, names=self._names(cell),
             sampling=Sampling(**cell.sampling), n=n, retain_n=retain_n, seed=cell.seed, store=store,
             workspace=Workspace(home(self.folder, cell)), reference_pictures=self._pictures,
             allow_python_detectors=self.allow_python,
         )  # fmt: skip
-        rates = result["concepts"][cell.concept]
-        return f"{rates['reference_rate']:.2f} -> {rates['rate']:.2f}"
+        rates = [result["concepts"][name] for name in cell.concepts]
+        return ", ".join(f"{rate['reference_rate']:.2f} -> {rate['rate']:.2f}" for rate in rates)
 
     def _attack(self, cell: Cell, store: CellStore, own: Path) -> str:
         from safeweights.audit.audit import audit
@@ -252,9 +340,18 @@ class Worker:
             self._protected(cell), self.model, concept, attack, names=self._names(cell), sampling=Sampling(**cell.sampling),
             n=cell.counts["n"], seed=cell.seed, store=store, workspace=Workspace(own),
             allow_python_detectors=self.allow_python, pictures=home(self.folder, cell) / "pictures",
-            reference_pictures=self._pictures,
+            reference_pictures=self._pictures, similarity=self._similarity if attack.access == "weights" else None,
         )  # fmt: skip
         return f"ASR {record.details['asr']['rate']:.2f}"
+
+    @cached_property
+    def _similarity(self) -> Similarity | None:
+        """How alike pictures are, where the concept file has an embedder beside it."""
+        from safeweights.metrics.backbones import default_backbones
+        from safeweights.metrics.similarity_gap import CosineSimilarity
+
+        embedder = default_backbones(self.file).open_features()
+        return None if embedder is None else CosineSimilarity(embedder)
 
     @property
     def _pictures(self) -> Path:
@@ -271,7 +368,7 @@ class Worker:
         return self.held[1]
 
     def _tensors(self, cell: Cell) -> Mapping[str, Tensor]:
-        if cell.method_name == NONE:
+        if cell.unedited:
             return {}
         kept = self._protections.load(cell.model_key)
         if kept is None:
@@ -290,18 +387,18 @@ class Worker:
 def home(folder: Path, cell: Cell) -> Path:
     """Where the pictures and checkpoints of a cell's model lie until all its cells are measured."""
     # The unedited model's pictures are the reference's.
-    return folder / "work" if cell.method_name == NONE else folder / "work" / "models" / cell.model_key[:24]
+    return folder / "work" if cell.unedited else folder / "work" / "models" / cell.model_key[:24]
 
 
 def forget(folder: Path, cell: Cell) -> None:
     """Delete what only the cells of this cell's model needed; its weights stay."""
-    if cell.method_name != NONE:
+    if not cell.unedited:
         shutil.rmtree(home(folder, cell), ignore_errors=True)
 
 
 def _model_label(cell: Cell) -> str:
     """What reports call the protected model: all seeds of a method on a concept together."""
-    return f"{cell.method}-{cell.concept}"
+    return f"{cell.method}-{'+'.join(cell.concepts)}"
 
 
 def _digest(data: Any) -> str:

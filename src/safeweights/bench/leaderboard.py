@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safeweights.bench.resistance import resistance_table, resistances
 from safeweights.core.intervals import wilson
 from safeweights.records.record import Measurement, Record
+from safeweights.report.plots import draw
 from safeweights.report.tables import markdown
 
 
@@ -64,14 +66,22 @@ def lines(records: Iterable[Record]) -> list[Line]:
     return [_line(method, concept, group) for (method, concept), group in groups.items()]
 
 
-def leaderboard(records: Sequence[Record], *, methods: Sequence[str], concepts: Sequence[str], attacks: Sequence[str]) -> str:
-    """The leaderboard as Markdown: means over concepts first, least revived method on top, then every method and concept."""
-    order = {name: place for place, name in enumerate([*methods, *concepts])}
-    found = sorted(lines(records), key=lambda line: (order.get(line.concept, len(order)), order.get(line.method, len(order))))
-    means = sorted(
-        (_means(name, [line for line in found if line.method == name], attacks) for name in methods),
-        key=lambda mean: (mean["strongest"] is None, mean["strongest"] or 0.0),
-    )
+def leaderboard(
+    records: Sequence[Record],
+    *,
+    methods: Sequence[str],
+    concepts: Sequence[str],
+    attacks: Sequence[str],
+    benign: Sequence[str] = (),
+    baselines: Mapping[str, str] | None = None,
+) -> str:
+    """The leaderboard as Markdown: means over concepts first, least revived method on top, then every method and concept.
+
+    Where attacks fine-tune, what each method takes from re-learning against its ``baselines`` follows; ``benign`` concepts count
+    there only.
+    """
+    everything, records = records, [record for record in records if record.concept not in benign]
+    found, means = _ranked(records, methods, concepts, attacks)
     parts = [
         "# Leaderboard",
         "Means over concepts, each concept counting once; the method that the strongest attack on each concept revives least "
@@ -83,7 +93,59 @@ def leaderboard(records: Sequence[Record], *, methods: Sequence[str], concepts: 
         "relative to before. Seconds and memory are those of the protection, for one seed.",
         markdown([_row(line, attacks) for line in found]),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    baselines = baselines or {}
+    parts.append(resistance_table(resistances(everything, baselines, concepts=concepts, benign=benign), baselines))
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def leaderboard_page(
+    records: Sequence[Record], *, methods: Sequence[str], concepts: Sequence[str], attacks: Sequence[str], total: int
+) -> str:
+    """The same as an HTML page that needs nothing else, with tables that can be sorted; ``total`` cells are to be measured."""
+    from safeweights.report.page import environment, own_files
+
+    found, means = _ranked(records, methods, concepts, attacks)
+    means = [mean for mean in means if mean["concepts"]]
+    best = next((mean for mean in means if mean["strongest"] is not None and mean["method"] != "none"), None)
+    failed = sum(record.status == "error" for record in records)
+    return environment().get_template("leaderboard.html.j2").render(
+        **own_files("leaderboard.js"),
+        headline=f"{best['method']} is revived least: {100 * best['strongest']:.0f} %" if best else "No attack is measured yet",
+        note=f"{len(means)} methods on {len({line.concept for line in found})} concepts under {len(attacks)} attacks.",
+        done=len(records) - failed, total=total, failed=failed,
+        means=[_mean_row(mean, attacks) for mean in means],
+        rows=[_row(line, attacks) for line in found],
+        plots=[draw(spec, f"plot-{number}") for number, spec in enumerate(filter(None, _plots(found, means)), start=1)],
+    )  # fmt: skip
+
+
+def _plots(found: Sequence[Line], means: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """How much each method keeps against what comes back, and the strongest attack on each concept."""
+    names = [mean["method"] for mean in means]
+    concepts = list(dict.fromkeys(line.concept for line in found))
+    by_place = {(line.concept, line.method): line for line in found}
+    values = [[getattr(by_place.get((concept, name)), "strongest", None) for name in names] for concept in concepts]
+    both = [mean for mean in means if mean["strongest"] is not None and mean["retention"] is not None]
+    return [
+        {"kind": "heatmap", "title": "Success of the strongest attack", "rows": concepts, "columns": names, "values": values,
+         "unit": "share of prompts"} if concepts and names else None,
+        {"kind": "scatter", "title": "What comes back against what stays", "x": {"label": "retention, relative to before"},
+         "y": {"label": "strongest attack, mean over concepts"},
+         "points": [{"name": mean["method"], "x": mean["retention"], "y": mean["strongest"]} for mean in both]} if both else None,
+    ]  # fmt: skip
+
+
+def _ranked(
+    records: Sequence[Record], methods: Sequence[str], concepts: Sequence[str], attacks: Sequence[str]
+) -> tuple[list[Line], list[dict[str, Any]]]:
+    """Every line in the order of the file, and the means of each method, least revived first."""
+    order = {name: place for place, name in enumerate([*methods, *concepts])}
+    found = sorted(lines(records), key=lambda line: (order.get(line.concept, len(order)), order.get(line.method, len(order))))
+    means = sorted(
+        (_means(name, [line for line in found if line.method == name], attacks) for name in methods),
+        key=lambda mean: (mean["strongest"] is None, mean["strongest"] or 0.0),
+    )
+    return found, means
 
 
 def _line(method: str, concept: str, group: Sequence[Record]) -> Line:

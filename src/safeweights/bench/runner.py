@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -321,7 +321,13 @@ class OnRay:
             raise UserError("ray is not installed; pip install 'safeweights[ray]', or use --executor local") from None
         self.ray, self.job = ray, job
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                include_dashboard=False if address is None else None,
+                # A cluster's workers have an environment of their own.
+                runtime_env={"env_vars": ours} if (ours := _ours()) and address is not None else None,
+            )
         except Exception as error:  # Ray raises bare ones as well
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"Ray cannot be begun or joined ({address or 'this machine'}): {reason}") from error
@@ -334,7 +340,8 @@ class OnRay:
         fitting = [there["CPU"] / share.cpus, *([there["GPU"] / share.gpus] if share.gpus else [])]
         # Somewhat more than fit are handed in, so that none waits for the driver; not all, so that their order is kept.
         self.slots: int = 1 + math.ceil(1.5 * min(fitting))
-        self.shared = ray.put(job)
+        # A worker needs no list of all cells, and would unpack it anew for each.
+        self.shared = ray.put(replace(job, cells=(), finished=frozenset()))
         self.task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=job.spec.retries)(_on_ray)
         self.running: dict[Any, tuple[Cell, float]] = {}
 
@@ -359,6 +366,10 @@ class OnRay:
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+def _ours() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("SAFEWEIGHTS_")}
 
 
 _HIRED: dict[str, Worker] = {}

@@ -38,8 +38,23 @@ class _Named(_Part):
         return self.label or self.name
 
 
+class Start(_Part):
+    """What a method finds: the model with its concepts already erased."""
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
 class MethodEntry(_Named):
     """A method under a label; the same method may stand there several times with other settings."""
+
+    start: Annotated[Start, BeforeValidator(lambda value: _entry(value))] | None = None
+    """An eraser that goes first; the method then protects what it left. Concepts without pictures get the unedited model's."""
+    together: bool = False
+    """Protect the concepts of each of the benchmark's ``groups`` in one model, not each concept in its own."""
+    only: list[str] = Field(default_factory=list)
+    """With ``together``: the method protects these of a group alone, the rest is only erased by ``start``; all, where left out.
+    Groups without one of them are left out."""
 
     per_concept: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings for single concepts, on top of ``settings``."""
@@ -103,6 +118,10 @@ class Bench(_Part):
     concepts_file: str | None = None
     """Relative to the benchmark's own file; the sandbox model has its own."""
     concepts: list[str] = Field(min_length=1)
+    groups: list[Annotated[list[str], Field(min_length=1)]] = Field(default_factory=list)
+    """Which concepts methods with ``together`` protect in one model: all of the benchmark's, where left out."""
+    benign: list[str] = Field(default_factory=list)
+    """Concepts nobody objects to: attacks that fine-tune also learn these on models that protect ``together``."""
     methods: list[Annotated[MethodEntry, BeforeValidator(_entry)]] = Field(min_length=1)
     attacks: list[Annotated[AttackEntry, BeforeValidator(_entry)]] = Field(default_factory=list)
     seeds: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(default_factory=lambda: [0], min_length=1)
@@ -115,6 +134,21 @@ class Bench(_Part):
     retries: int = Field(default=2, ge=0)
     """How often a cell whose worker died is begun again."""
     resources: Resources = Resources()
+
+    def group_of(self, concept: str) -> tuple[str, ...]:
+        """The concepts that are protected together with this one, in the file's order."""
+        found = next((group for group in self.groups if concept in group), self.concepts)
+        return tuple(found)
+
+    def baselines(self) -> dict[str, str]:
+        """For every method's label that of the one it is compared with: the same start, or none, and no method after it."""
+        plain = [entry for entry in self.methods if entry.name == NONE]
+        found = {}
+        for entry in self.methods:
+            same = [other for other in plain if (other.start, other.together) == (entry.start, entry.together)]
+            same += [other for other in plain if other.start == entry.start]
+            found[entry.title] = same[0].title if same else entry.title
+        return found
 
     def file(self) -> ConceptFile:
         """The concept file. Raises UserError where a model other than the sandbox names none."""
@@ -147,6 +181,15 @@ class Bench(_Part):
                 if strange := [item for item in wanted if item not in known]:
                     raise UserError(f"the benchmark has no {what[:-1]} {strange[0]!r}; it has {', '.join(map(str, known))}")
                 changed[what] = [item for key, item in known.items() if key in wanted]
+        if "concepts" in changed and any(entry.together for entry in changed.get("methods", self.methods)):
+            # A group is one model: it is kept whole, or not at all.
+            groups = self.groups or [self.concepts]
+            for group in groups:
+                if 0 < len(set(group) & set(changed["concepts"])) < len(group):
+                    raise UserError(f"{', '.join(group)} are protected together; choose all of them or none")
+            changed["groups"] = [group for group in groups if set(group) <= set(changed["concepts"])]
+        elif "concepts" in changed:
+            changed["groups"] = []
         if "attacks" in changed:
             left = {entry.title for entry in changed["attacks"]}
             changed["methods"] = [
@@ -177,6 +220,10 @@ def load_bench(path: str | Path) -> Bench:
     if isinstance(given := data.get("concepts_file"), str) and not Path(given).expanduser().is_absolute():
         data["concepts_file"] = str((path.parent / given).resolve())
     # Workers elsewhere have another working directory.
+    for attack in data.get("attacks") or ():
+        settings = attack.get("settings") if isinstance(attack, dict) else None
+        if isinstance(settings, dict) and isinstance(source := settings.get("source"), str) and source:
+            settings["source"] = str((path.parent / Path(source).expanduser()).resolve())
     if isinstance(model := data.get("model"), str) and model != SANDBOX and Path(model).expanduser().exists():
         data["model"] = str(Path(model).expanduser().resolve())
     try:
@@ -193,7 +240,7 @@ def load_bench(path: str | Path) -> Bench:
 def judged(spec: Bench, file: ConceptFile) -> tuple[Concept, ...]:
     """The benchmark's concepts. Raises UserError for an unknown one and for one without a detector."""
     concepts = file.pick(spec.concepts)
-    for concept in concepts:
+    for concept in (*concepts, *file.pick(spec.benign)):
         if concept.detector is None:
             raise UserError(f"concept {concept.name!r}: a detector is missing; add 'detector:' to it in the concept file")
     return concepts
@@ -204,7 +251,7 @@ def _check(spec: Bench) -> None:
     file = spec.file()
     judged(spec, file)
     for what, titles in (
-        ("concept", spec.concepts),
+        ("concept", [*spec.concepts, *spec.benign]),
         ("method label", [entry.title for entry in spec.methods]),
         ("attack label", [entry.title for entry in spec.attacks]),
         ("seed", spec.seeds),
@@ -212,8 +259,22 @@ def _check(spec: Bench) -> None:
         for item in titles:
             if list(titles).count(item) > 1:
                 raise UserError(f"{what} {item!r} stands there twice; give each its own")
+    if spec.benign and not any(entry.together for entry in spec.methods):
+        raise UserError("'benign' concepts are learnt on models that protect together; no method has 'together: true'")
+    grouped = [name for group in spec.groups for name in group]
+    if spec.groups and sorted(grouped) != sorted(spec.concepts):
+        odd = sorted(set(grouped) ^ set(spec.concepts)) or [name for name in grouped if grouped.count(name) > 1]
+        raise UserError(f"'groups' must hold every concept of the benchmark once; look at {odd[0]!r}")
     known = {entry.title for entry in spec.attacks}
     for entry in spec.methods:
+        if entry.start is not None:
+            _configured(ERASERS, entry.start.name, "eraser", entry.start.settings)
+        if strange := [name for name in entry.only if name not in spec.concepts]:
+            raise UserError(f"method {entry.title!r}: 'only' names {strange[0]!r}, which is none of the benchmark's concepts")
+        if entry.only and not entry.together:
+            raise UserError(f"method {entry.title!r}: 'only' chooses among concepts in one model; it needs 'together: true'")
+        if entry.together and entry.per_concept:
+            raise UserError(f"method {entry.title!r}: one model for several concepts has one set of settings, no per_concept")
         for name in entry.per_concept:
             if name not in file.concepts:
                 raise UserError(f"method {entry.title!r}: unknown concept {name!r} in per_concept")
@@ -248,7 +309,7 @@ def _first(error: ValidationError) -> str:
 
 def _keys(place: Sequence[int | str]) -> list[str]:
     parts: dict[str, type[BaseModel]] = {
-        "methods": MethodEntry, "attacks": AttackEntry, "evaluation": Evaluation, "generation": Generation,
+        "methods": MethodEntry, "start": Start, "attacks": AttackEntry, "evaluation": Evaluation, "generation": Generation,
         "resources": Resources,
     }  # fmt: skip
     return list((parts.get(str(place[0]), Bench) if place else Bench).model_fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from safeweights.cli import options
 from safeweights.cli.common import SANDBOX, concept_file, hash_of, is_sandbox, pick, sampling_of, say, speaking, workspace_in
 from safeweights.core.errors import UserError
 from safeweights.core.table import ADAPTATIONS, configure, describe, parse_settings, resolve
+from safeweights.records.mask import note_other_base, read_mask
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
 from safeweights.release.output import check_target, output_folder
 
@@ -45,6 +45,12 @@ def command(
     freeze_mask: Annotated[
         Path | None, typer.Option("--freeze-mask", help="Keep the tensors this mask lists, and train no adapters beside them.")
     ] = None,
+    dp_epsilon: Annotated[
+        float | None,
+        typer.Option("--dp-epsilon", help="Train differentially private to this epsilon, one picture the unit (lora only)."),
+    ] = None,
+    dp_delta: Annotated[float, typer.Option("--dp-delta", help="The delta of --dp-epsilon.")] = 1e-5,
+    dp_clip: Annotated[float, typer.Option("--dp-clip", help="Each picture's gradient is clipped to this norm.")] = 1.0,
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole diffusers folder, whatever the method.")] = False,
     settings: options.Settings = None,
     concepts_file: options.ConceptsFile = None,
@@ -56,10 +62,12 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on pictures: a diffusers folder, a LoRA or an embedding comes out, with manifest.json."""
+    from safeweights.diffusion.parallel import join
     from safeweights.models.door import open_model
     from safeweights.release.adapted import write_adapted
 
     with speaking(as_json) as show:
+        join()
         check_target(output, overwrite)
         if (concept is None) == (images is None):
             raise UserError("adapt learns from one thing: give either --concept NAME or --images DIR")
@@ -67,17 +75,21 @@ def command(
         # A word to start from is no setting of the method: it is a fact about the pictures.
         init = given.pop("init", None)
         kind = resolve(ADAPTATIONS, method, "method")
+        if dp_epsilon is not None and method != "lora":
+            raise UserError(f"--dp-epsilon works with --method lora only; {method} has no per-picture gradients here")
+        if not dp_clip > 0:
+            raise UserError(f"--dp-clip must be above zero, not {dp_clip:g}")
         configure(kind, given)
         file = concept_file(concepts_file, model) if concept else None
         aim = pick(file, [concept])[0] if file and concept else None
-        frozen = read_mask(freeze_mask) if freeze_mask else frozenset()
+        mask = read_mask(freeze_mask) if freeze_mask else None
         opened = open_model(model, device=device, dtype=dtype)
-        known = {name for name, _ in opened.named_parameters()}
-        if unknown := sorted(frozen - known):
-            raise UserError(
-                f"{freeze_mask} freezes {unknown[0]!r}, which this model does not have; the mask is for another model"
-            )
+        frozen = mask.held if mask else frozenset[str]()
+        if mask:
+            mask.check(opened, str(freeze_mask))
         tuned = configure(kind, given, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
+        # Before anything is drawn; `fit` would refuse the same.
+        tuned.check_frozen(opened, frozen)
         source = reference or str(read_manifest(str(Path(model).expanduser())).get("options", {}).get("model") or model)
         chosen: dict[str, Any] = {
             "model": model,
@@ -94,6 +106,7 @@ def command(
             "init": init,
             "freeze_mask": str(freeze_mask) if freeze_mask else None,
             "merge": merge,
+            "dp": {"epsilon": dp_epsilon, "delta": dp_delta, "clip": dp_clip} if dp_epsilon is not None else None,
             "seed": seed,
             "device": str(opened.device),
             "dtype": str(opened.dtype).removeprefix("torch."),
@@ -106,19 +119,26 @@ def command(
                 if path
             },
         }
+        if mask:
+            note_other_base(mask, str(inputs["model"]), str(freeze_mask))
         with output_folder(output, overwrite=overwrite, resume=resume, options={**chosen, "inputs": inputs}) as out:
             say(f"adapting {model} with {method}")
             started = time.perf_counter()
             lesson = _lesson(opened, aim, images, prompt, class_prompt, pictures, source, file.generation if file else {}, seed)
-            adapted = tuned.fit(
-                opened,
-                lesson.shots(opened, tuned.new_word),
-                class_prompts=lesson.class_prompts,
-                init=lesson.init if init is None else init,
-                frozen=frozen,
-                seed=seed,
-                workspace=workspace_in(out.work),
-            )[-1]
+            shots = lesson.shots(opened, tuned.new_word)
+            spent: dict[str, float] = {}
+            if dp_epsilon is not None:
+                adapted, spent = _private(opened, tuned, shots, frozen, dp_epsilon, dp_delta, dp_clip, seed)
+            else:
+                adapted = tuned.fit(
+                    opened,
+                    shots,
+                    class_prompts=lesson.class_prompts,
+                    init=lesson.init if init is None else init,
+                    frozen=frozen,
+                    seed=seed,
+                    workspace=workspace_in(out.work),
+                )[-1]
             written = write_adapted(adapted, opened, out.folder, merge=merge)
             manifest = write_manifest(
                 out.folder,
@@ -129,14 +149,41 @@ def command(
                 seed=seed,
                 inputs=inputs,
                 tensors=dict(adapted.phi),
-                cost={"steps": adapted.steps, "loss": adapted.losses[-1], "pictures": len(lesson.captions)},
+                cost={"steps": adapted.steps, "loss": adapted.losses[-1], "pictures": len(lesson.captions), **spent},
                 seconds=time.perf_counter() - started,
             )
         show(
             {"output": str(output), "written": written, **manifest},
             f"{method}: {adapted.steps} steps on {len(lesson.captions)} pictures in {manifest['seconds']:.0f} s",
             f"{'model' if written == 'diffusers' else written} in {output}",
+            *([private_line(spent, dp_delta)] if spent else []),
         )
+
+
+def private_line(spent: Mapping[str, float], delta: float) -> str:
+    """What a private run cost, for a reader."""
+    return (
+        f"epsilon {spent['dp_epsilon']:.3f} at delta {delta:g} for each picture, by the Renyi accountant "
+        f"(noise {spent['dp_sigma']:.2f} times the clip, {spent['dp_rate']:.2f} of the pictures a step)"
+    )
+
+
+def _private(
+    model: DiffusionModel, tuned: Any, shots: Any, frozen: frozenset[str], epsilon: float, delta: float, clip: float, seed: int
+) -> tuple[Any, dict[str, float]]:
+    """The adaptation under DP-SGD, and what it cost in privacy."""
+    from safeweights.core.workspace import Workspace
+    from safeweights.diffusion.adaptation import Lesson
+    from safeweights.leakage.dp import fit_private, plan
+
+    privacy = plan(epsilon=epsilon, delta=delta, pictures=len(shots), batch_size=tuned.batch_size, steps=tuned.steps, clip=clip)
+    lesson = Lesson(model=model, adapter=tuned.adapter(frozen=frozen), shots=shots, batch_size=tuned.batch_size, seed=seed)
+    shown = Workspace(progress=sys.stderr.isatty())
+    adapted = fit_private(lesson, privacy, lr=tuned.lr, weight_decay=tuned.weight_decay, workspace=shown)
+    return adapted, {
+        "dp_epsilon": privacy.epsilon, "dp_delta": privacy.delta, "dp_sigma": privacy.sigma, "dp_rate": privacy.rate,
+        "dp_clip": privacy.clip,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,15 +235,3 @@ def _lesson(
     painter = open_model(source, device=str(model.device))
     images = generate(painter, candidates_of(captions, range(first, first + count)), sampling_of(painter, generation, size))
     return _Lesson(images, captions, classes, concept.anchor, concept)
-
-
-def read_mask(path: Path) -> frozenset[str]:
-    """The names a mask file freezes, as the model's own names. Raises UserError for a file that is no mask."""
-    try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        names = data["frozen"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no freeze mask (MASK.json with a list 'frozen'): {error}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: 'frozen' must be a list of parameter names")
-    return frozenset(name if name.startswith("unet.") else f"unet.{name}" for name in names)

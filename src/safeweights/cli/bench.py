@@ -97,21 +97,21 @@ def command(
 
 
 def _write(job: Job) -> tuple[Path, Path]:
-    """The leaderboard and the page, from what is recorded by now."""
-    from safeweights.bench.leaderboard import leaderboard
-    from safeweights.report.page import write_report
+    """The leaderboard, as text and as a page, and the report, from what is recorded by now."""
+    from safeweights.bench.leaderboard import leaderboard, leaderboard_page
+    from safeweights.report.page import write_page, write_report
 
     records = job.records()
-    board = job.folder / "leaderboard.md"
-    text = leaderboard(
-        records,
-        methods=[entry.title for entry in job.spec.methods],
-        concepts=job.spec.concepts,
-        attacks=[entry.title for entry in job.spec.attacks],
+    named: dict[str, list[str]] = {
+        "methods": [entry.title for entry in job.spec.methods],
+        "concepts": list(job.spec.concepts),
+        "attacks": [entry.title for entry in job.spec.attacks],
+    }
+    board = write_page(
+        job.folder / "leaderboard.md", leaderboard(records, **named, benign=job.spec.benign, baselines=job.spec.baselines())
     )
-    partial = board.with_name(f".{board.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(board)
+    judged = [record for record in records if record.concept not in job.spec.benign]
+    write_page(job.folder / "leaderboard.html", leaderboard_page(judged, **named, total=len(job.cells)))
     return board, write_report(job.folder, records)
 
 

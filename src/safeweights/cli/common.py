@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safeweights.core.concept import Concept, ConceptFile, load_concepts
 from safeweights.core.errors import UserError
+from safeweights.core.launch import follows
 from safeweights.core.model import SCHEDULERS, Sampling
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def speaking(as_json: bool) -> Iterator[Show]:
     stdout = sys.stdout
 
     def show(data: Mapping[str, Any], *lines: str) -> None:
+        if follows():
+            return
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str) if as_json else "\n".join(lines)
         print(text, file=stdout, flush=True)
 
@@ -177,7 +180,8 @@ def protection_records_of(model: str, reference: str, file: ConceptFile) -> list
 
     manifest = read_manifest(str(Path(model).expanduser()))
     try:
-        return protection_records(manifest, file, model=model, reference=reference) if manifest else []
+        steps = manifest.get("chain") or ([manifest] if manifest else [])
+        return [record for step in steps for record in protection_records(step, file, model=model, reference=reference)]
     except (KeyError, TypeError, AttributeError):
         return []  # a manifest of another program or version
 

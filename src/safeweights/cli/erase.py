@@ -28,15 +28,22 @@ def command(
     dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    owner: Annotated[
+        Path | None,
+        typer.Option("--owner", help="A new folder for what undoes pruning: owner.safetensors and the mask. Do not release it."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Remove concepts from a model: a plain diffusers folder with manifest.json comes out."""
     with speaking(as_json) as show:
         check_target(output, overwrite)
+        if owner is not None:
+            check_target(owner, overwrite or resume)
         file = concept_file(concepts_file, model)
         manifest = erase(
             model, concept, file, method, parse_settings(settings or ()),
             output=output, seed=seed, device=device, dtype=dtype, overwrite=overwrite, resume=resume,
+            owner=owner,
         )  # fmt: skip
         show(
             {"output": str(output), **manifest},
@@ -60,9 +67,10 @@ def erase(
     dtype: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    owner: Path | None = None,
 ) -> dict[str, Any]:
     """Erase, write the folder and return its manifest. Raises UserError for whatever the user gave wrong."""
     return protect(
         model, names, file, method, settings, registry=ERASERS, doing="erasing", output=output, command=command, seed=seed,
-        device=device, dtype=dtype, overwrite=overwrite, resume=resume,
+        device=device, dtype=dtype, overwrite=overwrite, resume=resume, owner=owner,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def command(
         check_target(output, overwrite)
         check_sampling(given)
         file = concept_file(concepts_file, model, reference)
-        concepts = with_detector(file, concept or _erased(model, file))
+        concepts = with_detector(file, concept or protected(model, file))
         check_detectors(file, allow_python_detectors)
         own = default_backbones(file)
         backbones = Backbones(clip_model or own.clip, feature_model or own.features)
@@ -112,8 +112,8 @@ def check_detectors(file: ConceptFile, allow_python: bool) -> None:
             )
 
 
-def _erased(model: str, file: ConceptFile) -> Sequence[str] | None:
-    """The concepts that the model's manifest says were erased, as far as the file knows them."""
+def protected(model: str, file: ConceptFile) -> Sequence[str] | None:
+    """The concepts that the model's manifest says it was protected against, as far as the file knows them."""
     names = [str(name) for name in read_manifest(str(Path(model).expanduser())).get("concepts", ())]
     return [name for name in names if name in file.concepts] or None
 

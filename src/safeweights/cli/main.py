@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import typer
@@ -36,37 +37,20 @@ def _top(version: bool = typer.Option(False, "--version", callback=_version, is_
     pass
 
 
-def _register() -> None:
-    from safeweights.cli import (
-        adapt,
-        attack,
-        bench,
-        demo,
-        doctor,
-        erase,
-        evaluate,
-        export,
-        generate,
-        immunize,
-        report,
-        sandbox,
-        sign,
-    )
+COMMANDS = (
+    "demo", "sandbox", "doctor", "generate", "erase", "immunize", "freeze", "prune", "adapt", "attack", "neurons", "evaluate",
+    "audit", "leakage", "bench", "compare", "report", "export", "sign", "verify", "run",
+)  # fmt: skip
+"""Modules of this package in the order of ``--help``; each has a ``command``, or an ``app`` of several."""
 
-    app.command("demo")(demo.command)
-    app.add_typer(sandbox.app, name="sandbox")
-    app.command("doctor")(doctor.command)
-    app.command("generate")(generate.command)
-    app.command("erase")(erase.command)
-    app.command("immunize")(immunize.command)
-    app.command("adapt")(adapt.command)
-    app.command("attack")(attack.command)
-    app.command("evaluate")(evaluate.command)
-    app.command("export")(export.command)
-    app.command("sign")(sign.sign)
-    app.command("verify")(sign.verify)
-    app.command("bench")(bench.command)
-    app.command("report")(report.command)
+
+def _register() -> None:
+    for name in COMMANDS:
+        module = import_module(f"safeweights.cli.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(module.command)
 
 
 _register()

@@ -62,7 +62,7 @@ SAMPLING: dict[str, Any] = {
 }
 
 
-def sampling(command: Callable[..., None]) -> Callable[..., None]:
+def sampling(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """Put the options of ``SAMPLING`` where ``command`` takes ``given``, and hand them to it together."""
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
@@ -73,8 +73,8 @@ def sampling(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter)
 
     @functools.wraps(command)
-    def with_sampling(**values: Any) -> None:
-        command(given={name: values.pop(name) for name in SAMPLING}, **values)
+    def with_sampling(**values: Any) -> int | None:
+        return command(given={name: values.pop(name) for name in SAMPLING}, **values)
 
     with_sampling.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return with_sampling

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, pick, sampling_of, say, workspace_in
-from safeweights.core.concept import Concept, ConceptFile
+from safeweights.core.concept import ConceptFile
+from safeweights.core.errors import UserError
 from safeweights.core.table import configure, describe, resolve
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
 from safeweights.release.output import output_folder
 
 if TYPE_CHECKING:
-    from safeweights.core.model import Sampling
+    from safeweights.core.method import Protection
 
 
 def protect(
@@ -37,20 +37,29 @@ def protect(
     dtype: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    owner: Path | None = None,
 ) -> dict[str, Any]:
     """Protect, write the folder and return its manifest. Raises UserError for whatever the user gave wrong.
+
+    A method that prunes also leaves its mask there, unless noise hides the pruned places: then only ``owner``, a folder for
+    what undoes the pruning, gets one.
 
     With ``draws``, concepts without pictures get the method's ``pictures`` of ``reference``, which is the model itself or, where
     its manifest names one, the model it was made from: what a protected model draws of a concept shows nothing of it.
     """
     from safeweights.diffusion.noise import generator
+    from safeweights.diffusion.parallel import join
+    from safeweights.diffusion.shots import with_drawn_folder
     from safeweights.models.door import open_model
 
+    join()
     concepts = pick(file, names)
     kind = resolve(registry, method, "method")
     configure(kind, settings)  # a wrong setting is told before the model is opened
     opened = open_model(model, device=device, dtype=dtype)
     protector = configure(kind, settings, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
+    if owner is not None and not getattr(protector, "prunes", False):
+        raise UserError(f"{method} prunes nothing that --owner could undo; use p-esd or p-ac, or add --set prune=0.01")
     inputs = {
         "model": hash_of(model, opened),
         "concepts_file": hash_input(file.path) if file.path else None,
@@ -80,11 +89,13 @@ def protect(
         started = time.perf_counter()
         if "reference" in inputs:
             sampling, n = sampling_of(opened, file.generation, {}), describe(protector)["pictures"]
-            concepts = tuple(_with_pictures(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
+            concepts = tuple(with_drawn_folder(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
         protection = protector.protect(
             opened, concepts, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)
         )
         protection.apply(opened).save(out.folder)
+        if protection.mask is not None:
+            _write_mask(protection, out.folder, owner, overwrite=overwrite or resume)
         return write_manifest(
             out.folder,
             command=list(command or ["safeweights", *sys.argv[1:]]),
@@ -99,27 +110,17 @@ def protect(
         )
 
 
-def _with_pictures(concept: Concept, model: Any, sampling: Sampling, n: int, folder: Path, seed: int) -> Concept:
-    """The concept with a folder of pictures ``model`` draws of it, captioned; one drawn before an interrupt is taken as it is."""
-    import csv
+def _write_mask(protection: Protection, folder: Path, owner: Path | None, *, overwrite: bool) -> None:
+    from safeweights.diffusion.masks import restored_tensors
+    from safeweights.release.mask_files import MASK, OWNER, write_mask, write_owner
 
-    from PIL import Image
-
-    from safeweights.diffusion.noise import generator
-    from safeweights.diffusion.sampling import candidates_of, generate
-
-    if concept.images is not None:
-        return concept
-    folder = folder / concept.name
-    if not (folder / "metadata.csv").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = [concept.texts[i % len(concept.texts)] for i in range(n)]
-        first = generator("drawn", seed, concept.name).initial_seed() % 2**31
-        images = generate(model, candidates_of(texts, range(first, first + n)), sampling)
-        for i, image in enumerate(images):
-            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
-        partial = folder / "metadata.partial"
-        with partial.open("w", newline="", encoding="utf-8") as written:
-            csv.writer(written).writerows([("file_name", "prompt"), *((f"{i:04}.png", text) for i, text in enumerate(texts))])
-        partial.replace(folder / "metadata.csv")
-    return replace(concept, images=folder)
+    mask = protection.mask
+    assert mask is not None
+    before = restored_tensors(protection.tensors, mask)
+    facts = {"method": protection.method, "concepts": list(protection.concepts), "settings": dict(protection.settings)}
+    if mask.fill == "zero":
+        write_mask(folder / MASK, mask, before, facts)
+    if owner is not None:
+        with output_folder(owner, overwrite=overwrite) as kept:
+            write_mask(kept.folder / MASK, mask, before, facts)
+            write_owner(kept.folder / OWNER, mask, before)

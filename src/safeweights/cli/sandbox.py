@@ -24,26 +24,78 @@ def train(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.01, help="Scale the work to about this long on two cores. [default: 110]")
     ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="A concept the model is never shown, as if unheard of; repeatable.")
+    ] = None,
+    parts_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="'sandbox' or a sandbox folder: take over its tokenizer, autoencoder and judges.", show_default=False
+        ),
+    ] = None,
+    text_encoder_from: Annotated[
+        str | None,
+        typer.Option("--text-encoder-from", help="As --from, and take over the text encoder too.", show_default=False),
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option("--channels", help="Channels of the UNet's three levels. [default: 48,96,128]", show_default=False),
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option("--pictures", min=64, help="Pictures the model learns from.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of its training.", show_default=False)] = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train the sandbox model, its detectors, CLIP and embedder from nothing.
+    """Train the sandbox model, its detectors, CLIP and embedder from nothing, or a variation of it.
 
     SAFEWEIGHTS_SANDBOX=DIR makes every other command use the folder that comes out.
+    A gold model that never knew a concept: --from sandbox --without emblem. A second UNet of the same world that reads the
+    same text: --text-encoder-from sandbox --channels 32,64,96.
     """
-    from safeweights.sandbox.train import Budget
+    from dataclasses import replace
+
+    from safeweights.sandbox.train import Budget, Variation
     from safeweights.sandbox.train import train as run
     from safeweights.sandbox.world import write_concepts_file
 
     with speaking(as_json) as show:
-        budget = Budget() if minutes is None else Budget().lasting(minutes)
-        chosen = {"seed": seed, "workers": workers, "minutes": minutes}
-        with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
-            run(out.folder, work=out.work / "training", budget=budget, seed=seed, workers=workers)
+        if parts_from and text_encoder_from and parts_from != text_encoder_from:
+            raise UserError("--from and --text-encoder-from name two sandboxes; all parts come from one")
+        base = _sandbox_folder(text_encoder_from or parts_from)
+        variation = Variation(without=_names(without), base=base, keep_text_encoder=text_encoder_from is not None)
+        budget = Budget() if minutes is None else Budget().lasting(minutes, generator_only=base is not None)
+        if channels is not None:
+            budget = replace(budget, unet={"block_out_channels": _channels(channels)})
+        budget = replace(budget, pictures=pictures or budget.pictures, generator_steps=steps or budget.generator_steps)
+        chosen = {"seed": seed, "workers": workers, "minutes": minutes, "pictures": pictures, "steps": steps, "unet": budget.unet}
+        with output_folder(output, overwrite=overwrite, resume=resume, options={**chosen, **variation.facts()}) as out:
+            run(out.folder, work=out.work / "training", budget=budget, seed=seed, workers=workers, variation=variation)
             write_concepts_file(out.folder)
         show({"output": str(output)}, f"sandbox: {output} (use it with SAFEWEIGHTS_SANDBOX={output})")
+
+
+def _sandbox_folder(name: str | None) -> Path | None:
+    """The sandbox in use, or another one's folder."""
+    from safeweights.sandbox.files import weights_folder
+
+    return None if name is None else weights_folder().resolve() if name == "sandbox" else Path(name).expanduser().resolve()
+
+
+def _names(concepts: list[str] | None) -> tuple[str, ...]:
+    """Concepts as the world calls them, without the concept file's hyphens."""
+    return tuple(sorted({name.replace("-", " ") for name in concepts or ()}))
+
+
+def _channels(text: str) -> list[int]:
+    """``32,64,96``. Raises UserError for anything but three multiples of 8."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) % 8 == 0 and int(part) for part in parts):
+        raise UserError(f"--channels takes three multiples of 8, such as 32,64,96, not {text!r}")
+    return [int(part) for part in parts]
 
 
 @app.command("evaluate")
@@ -95,4 +147,35 @@ def export(output: options.Output, overwrite: options.Overwrite = False, as_json
             {"output": str(output), "model": str(model), "concepts_file": str(concepts)},
             f"model: {model}",
             f"concept file: {concepts}",
+        )
+
+
+@app.command("draw")
+def draw(
+    output: options.Output,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option("--concept", help="Draw this concept; repeatable. [default: all that the model has never seen]"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=2, help="Drawings of each concept in each of the two folders.")] = 32,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw concepts without the model: pictures from another source, and styles, objects and people it has never seen.
+
+    Writes pictures/NAME and elsewhere/NAME (other drawings) with captions, and a concept file that knows the unseen ones.
+    """
+    from safeweights.sandbox.drawings import write_drawings
+    from safeweights.sandbox.files import model_folder
+
+    with speaking(as_json) as show:
+        check_target(output, overwrite)
+        model_folder()  # tells where the model is missing
+        with output_folder(output, overwrite=overwrite) as out:
+            drawn = write_drawings(out.folder, concept or (), n=n, seed=seed)
+        show(
+            {"output": str(output), "concepts": drawn, "concepts_file": str(output / "concepts.yaml")},
+            f"{2 * n} drawings each of {', '.join(drawn)} in {output}",
+            f"concept file: {output / 'concepts.yaml'}",
         )

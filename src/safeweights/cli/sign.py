@@ -1,4 +1,4 @@
-"""``safeweights sign`` and ``safeweights verify``: who released these weights, and are they still the same?"""
+"""``safeweights sign``: who released these weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import typer
 from safeweights.cli import options
 from safeweights.cli.common import speaking
 
-Target = Annotated[Path, typer.Argument(help="An exported folder or .safetensors file.", show_default=False)]
 
-
-def sign(
-    path: Target,
+def command(
+    path: Annotated[Path, typer.Argument(help="An exported folder or .safetensors file.", show_default=False)],
     key: Annotated[Path, typer.Option("--key", help="A PEM private key on P-256, P-384 or P-521.", show_default=False)],
     as_json: options.Json = False,
 ) -> None:
@@ -24,32 +22,3 @@ def sign(
     with speaking(as_json) as show:
         signature = sign_model(path.expanduser(), key.expanduser())
         show({"signed": str(path), "signature": str(signature)}, f"signature: {signature}")
-
-
-def verify(
-    path: Target,
-    key: Annotated[
-        Path | None, typer.Option("--key", help="The PEM public key of who signed. [default: only the manifest is checked]")
-    ] = None,
-    as_json: options.Json = False,
-) -> None:
-    """Hold a model against its manifest's hashes and, with --key, its signature; ends with 1 where something does not fit."""
-    from safeweights.release.verify import verify as verify_model
-
-    with speaking(as_json) as show:
-        verdict = verify_model(path.expanduser(), key.expanduser() if key else None)
-        said = {
-            "valid": "the signature holds",
-            "invalid": "the signature does not hold",
-            "absent": "no signature",
-            "not checked": "a signature is there; --key PUBLIC.pem checks it",
-        }[verdict.signature]
-        lines = [*verdict.problems[:50], *([f"… and {len(verdict.problems) - 50} more"] if len(verdict.problems) > 50 else [])]
-        show(
-            {"path": str(path), **verdict.to_json()},
-            *lines,
-            f"{'verified' if verdict.ok else 'NOT VERIFIED'}: {verdict.files} files and {verdict.tensors} changed tensors "
-            f"against the manifest; {said}",
-        )
-    if not verdict.ok:
-        raise typer.Exit(1)

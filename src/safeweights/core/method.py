@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from safeweights.core.concept import Concept
+from safeweights.core.mask import Mask
 from safeweights.core.model import DiffusionModel
 from safeweights.core.workspace import Workspace
 
@@ -25,6 +26,8 @@ class Protection:
     settings: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     """Counted work, e.g. {"eps_calls": 1200, "steps": 300, "loss": 0.01}."""
+    mask: Mask | None = None
+    """What was pruned, where the method prunes; ``tensors`` hold the result."""
 
     def apply(self, model: DiffusionModel) -> DiffusionModel:
         """A protected copy; ``model`` stays as it was."""

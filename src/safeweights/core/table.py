@@ -20,19 +20,32 @@ ERASERS = {
     "salun": "safeweights.erasure.salun:SalUn",
     "scissorhands": "safeweights.erasure.scissorhands:Scissorhands",
     "mace": "safeweights.erasure.mace:MACE",
+    "p-ac": "safeweights.erasure.p_ac:PAC",
+    "p-esd": "safeweights.erasure.p_esd:PESD",
     "rece": "safeweights.erasure.rece:RECE",
     "spm": "safeweights.erasure.spm:SPM",
     "uce": "safeweights.erasure.uce:UCE",
 }
+PRUNE, PRUNED = "prune", "safeweights.erasure.pruning:Pruned"
+"""The setting that every eraser takes, and what it puts around the eraser: prune what is left of the concept."""
 IMMUNIZERS = {
     "compose": "safeweights.immunization.baselines:Compose",
     "imma": "safeweights.immunization.imma:IMMA",
     "jt": "safeweights.immunization.baselines:JT",
     "mima": "safeweights.immunization.mima:MIMA",
 }
+GUARDS = {
+    "freezeasguard": "safeweights.freezing.freezeasguard:FreezeAsGuard",
+    "gradient": "safeweights.freezing.baselines:Gradient",
+    "one-shot": "safeweights.freezing.baselines:OneShot",
+    "random": "safeweights.freezing.baselines:Random",
+    "task-vector": "safeweights.freezing.baselines:TaskVector",
+    "xattn": "safeweights.freezing.baselines:XAttn",
+}
 ATTACKS = {
     "concept-inversion": "safeweights.attacks.adversarial.concept_inversion:ConceptInversion",
     "latent-inversion": "safeweights.attacks.adversarial.latent_inversion:LatentInversion",
+    "mask-revival": "safeweights.attacks.relearning.roots:MaskRevival",
     "no-attack": "safeweights.attacks.adversarial.baselines:NoAttack",
     "p4d": "safeweights.attacks.adversarial.p4d:P4D",
     "random": "safeweights.attacks.adversarial.baselines:RandomTokens",
@@ -68,11 +81,13 @@ def resolve(registry: Mapping[str, str], name: str, what: str) -> type[Any]:
 
 
 def method(name: str, *, latent_pixels: int | None = None, **settings: Any) -> Any:
-    """A ready eraser, immunizer or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
+    """A ready eraser, immunizer, guard or attack by name: ``method("esd", steps=300)``. Settings as in `configure`.
 
+    "random" is the attack; the guard of that name is had with ``configure(resolve(GUARDS, "random", "guard"), {...})``.
     Without ``latent_pixels`` or ``preset`` the settings are the defaults, tuned for sandbox-like models.
     """
-    return configure(resolve({**ERASERS, **IMMUNIZERS, **ATTACKS}, name, "method"), settings, latent_pixels=latent_pixels)
+    known = {**GUARDS, **ERASERS, **IMMUNIZERS, **ATTACKS}
+    return configure(resolve(known, name, "method"), settings, latent_pixels=latent_pixels)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
@@ -91,32 +106,50 @@ def configure(cls: type[Any], settings: Mapping[str, Any], *, latent_pixels: int
 
     A class may offer ``PRESETS``: a dict of named settings, "small" for sandbox-like models and "paper" for SD-size ones. The
     setting ``preset`` picks one; without it the size of the model decides (``latent_pixels``: h * w of its latents, below 32 * 32
-    is small).
+    is small). Every eraser also takes ``prune`` and the settings that begin with ``prune_``: it is then put inside a `Pruned`.
     Raises UserError for an unknown key, a value of the wrong type, or a value the class refuses.
     """
+    if PRUNE in settings and _is_eraser(cls):
+        inside = {key: value for key, value in settings.items() if key != PRUNE and not key.startswith(f"{PRUNE}_")}
+        around = {key: value for key, value in settings.items() if key not in inside}
+        if "preset" in settings:
+            around["preset"] = settings["preset"]
+        eraser = configure(cls, inside, latent_pixels=latent_pixels)
+        return _build(resolve({PRUNE: PRUNED}, PRUNE, "setting"), around, latent_pixels, cls.name, eraser=eraser)
+    return _build(cls, settings, latent_pixels, cls.name)
+
+
+def _is_eraser(cls: type[Any]) -> bool:
+    return ERASERS.get(getattr(cls, "name", "")) == f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _build(cls: type[Any], settings: Mapping[str, Any], latent_pixels: int | None, name: str, **ready: Any) -> Any:
+    """An instance of ``cls`` from ``settings``, its preset and what is ``ready`` to be handed over as it is."""
     settings = dict(settings)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in ready}
     presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "PRESETS", {})
     chosen = settings.pop("preset", None)
     if chosen is not None and chosen not in presets:
-        raise UserError(f"{cls.name}: unknown preset {chosen!r}; known are {', '.join(presets) or 'none'}")
+        raise UserError(f"{name}: unknown preset {chosen!r}; known are {', '.join(presets) or 'none'}")
     if chosen is None and presets and latent_pixels is not None:
         chosen = "small" if latent_pixels < 32 * 32 else "paper"
     values: dict[str, Any] = dict(presets[chosen]) if chosen else {}
     hints = typing.get_type_hints(cls)
+    also = [PRUNE] if _is_eraser(cls) else []
     for key, value in settings.items():
         if key not in fields:
-            raise UserError(f"{cls.name}: unknown setting {key!r}; valid are {', '.join([*fields, 'preset'])}")
-        values[key] = _convert(value, hints[key], f"{cls.name}: {key}")
+            raise UserError(f"{name}: unknown setting {key!r}; valid are {', '.join([*fields, 'preset', *also])}")
+        values[key] = _convert(value, hints[key], f"{name}: {key}")
     try:
-        return cls(**values)
+        return cls(**values, **ready)
     except ValueError as error:
-        raise UserError(f"{cls.name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def describe(instance: Any) -> dict[str, Any]:
     """Every setting of a method or attack after defaults, ready for JSON."""
-    return dataclasses.asdict(instance)
+    own = getattr(instance, "describe", None)
+    return own() if callable(own) else dataclasses.asdict(instance)
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -5,12 +5,41 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeweights.core.model import Calls
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass
+class Meter:
+    """Keeps the count of model calls right across interrupts: a checkpoint carries what it took to reach it.
+
+    A resumed run then counts what an undisturbed one would, work that was lost and done again counted once.
+    """
+
+    calls: Calls
+    spent: dict[str, int] = field(default_factory=dict)
+    """Calls behind each checkpoint that this life wrote or took over."""
+
+    def __post_init__(self) -> None:
+        self.last = self.calls.eps
+
+    def reached(self, checkpoint: str) -> int:
+        """Calls behind a checkpoint that is about to be written."""
+        self.spent[checkpoint] = self.spent.get(checkpoint, 0) + self.calls.eps - self.last
+        self.last = self.calls.eps
+        return self.spent[checkpoint]
+
+    def take_over(self, checkpoint: str, calls: int) -> None:
+        """Count what an earlier life spent on a checkpoint, once; what was prepared for it again is in that number already."""
+        if checkpoint not in self.spent:
+            self.spent[checkpoint] = calls
+            self.calls.eps = self.last = self.last + calls
 
 
 @dataclass(frozen=True)
@@ -24,6 +53,8 @@ class Workspace:
     folder: Path | None = None
     progress: bool = False
     every: int = 25
+    meter: Meter | None = None
+    """Counts model calls across interrupts, where somebody wants to know them."""
 
     def track(self, steps: range, description: str) -> Iterator[int]:
         """Iterate with a progress bar."""
@@ -37,7 +68,7 @@ class Workspace:
 
     def child(self, name: str) -> Workspace:
         """A workspace of its own for one part of the run."""
-        return Workspace(self.folder / name if self.folder else None, self.progress, self.every)
+        return Workspace(self.folder / name if self.folder else None, self.progress, self.every, self.meter)
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write one checkpoint; does nothing without a folder."""
@@ -48,7 +79,8 @@ class Workspace:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, {"facts": json.dumps(facts)})
+        header = {"facts": json.dumps(facts)} | ({"calls": str(self.meter.reached(str(path)))} if self.meter else {})
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, header)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -61,4 +93,7 @@ class Workspace:
 
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-            return tensors, json.loads(file.metadata()["facts"])
+            header = file.metadata()
+        if self.meter and "calls" in header:
+            self.meter.take_over(str(path), int(header["calls"]))
+        return tensors, json.loads(header["facts"])

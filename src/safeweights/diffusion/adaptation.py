@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from safeweights.core.errors import UserError
+from safeweights.core.launch import processes
 from safeweights.core.model import Conditioning, DiffusionModel
 from safeweights.core.workspace import Workspace
+from safeweights.diffusion.lean import lean
 from safeweights.diffusion.low_rank import LowRank, beside
 from safeweights.diffusion.noise import add_noise, eps_to_v, generator
 from safeweights.diffusion.parameters import select
@@ -134,6 +136,14 @@ class Adapter:
         if not isinstance(self.parameters, str):
             return self._allowed(select(named, self.parameters))
         return self._allowed([name for group in self.parameters.split("+") for name in select(named, group)])
+
+    def touches(self, model: DiffusionModel) -> list[str]:
+        """The names of the weights that move, or that factors add to."""
+        named = [*model.named_parameters()]
+        names: list[str] = []
+        if self.targets is not None:
+            names = _matching(named, self.targets) if isinstance(self.targets, str) else select(named, self.targets)
+        return [*self.weights(model), *(name for name in names if name not in self.frozen)]
 
     def low_rank(self, model: DiffusionModel, seed: int = 0) -> LowRank | None:
         """The factors beside the targets; None for an adapter without."""
@@ -260,10 +270,19 @@ class Lesson:
         """
         if not self._ask:
             self._ask.append(self.adapter.ask(self.model, self.captions))
-        with self.adapter.on(self.model, phi):
+        with self.adapter.on(self.model, phi), lean(self.model.denoiser):
             c = self._ask[0](phi, batch.rows)
             predicted = self.model.eps(batch.x_t, batch.t, c)
         return (errors(self.model, predicted, batch) * batch.weight).sum()
+
+
+def _parted(batch: Batch) -> Batch:
+    """This process's rows of a batch, weighted so that the mean over processes is the loss of the whole batch."""
+    rank, size = processes()
+    if size == 1 or len(batch.rows) % size:
+        return batch
+    mine = slice(rank, None, size)
+    return Batch(batch.x_t[mine], batch.t[mine], batch.eps[mine], batch.rows[mine], batch.weight[mine] * size)
 
 
 def errors(model: DiffusionModel, predicted: Tensor, batch: Batch) -> Tensor:
@@ -365,7 +384,7 @@ def fit(
     def loss_at(step: int) -> Tensor:
         if step in checkpoints:
             keep(step)
-        return lesson.loss(phi, lesson.batch(step))
+        return lesson.loss(phi, _parted(lesson.batch(step)))
 
     losses = descend(
         phi,

@@ -13,6 +13,7 @@ from torch import Tensor
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import add_noise, generator
+from safeweights.diffusion.parallel import part
 from safeweights.diffusion.sampling import embed_all, trajectory
 
 
@@ -138,8 +139,11 @@ class LatentBank:
         prompt = torch.tensor([distinct.index(text) for text in prompts]).repeat_interleave(n)
         return cls(tuple(distinct), x, t, prompt, {"eps": eps.cpu()}, model.device)
 
-    def draw(self, batch: int, rng: torch.Generator, prompt_index: int | Tensor | None = None) -> Batch:
-        """``batch`` exact pairs with replacement: prompts uniform (or the given one, or one given per row), then rows uniform."""
+    def draw(self, batch: int, rng: torch.Generator, prompt_index: int | Tensor | None = None, *, parted: bool = False) -> Batch:
+        """``batch`` exact pairs with replacement: prompts uniform (or the given one, or one given per row), then rows uniform.
+
+        ``parted`` among several processes gives each its own of these rows, for a loss that is a mean over rows.
+        """
         if prompt_index is None:
             known = torch.unique(self.prompt)
             chosen = known[torch.randint(len(known), (batch,), generator=rng)]
@@ -153,7 +157,7 @@ class LatentBank:
                 raise IndexError(f"the bank holds no latents of prompt {int(index)}")
             mine = chosen == index
             rows[mine] = held[(where[mine] * len(held)).long()]
-        return self.at(rows)
+        return self.at(part(rows) if parted else rows)
 
     def at(self, rows: Tensor) -> Batch:
         """The given rows."""

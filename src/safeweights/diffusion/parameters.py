@@ -17,6 +17,9 @@ GROUPS = {
     "noxattn": r"unet\.(?!(.*\.)?attn2\.)(?!conv_norm_out\.|conv_out\.|time_embedding\.)",
     "attention": r"unet\.(.*\.)?attn[12]\.",
     "selfattn": r"unet\.(.*\.)?attn1\.",
+    # The weights around neurons: into and out of the feed-forward layers, and the keys and values that the text becomes.
+    "ffn": r"unet\.(.*\.)?ff\.net\.(0\.proj|2)\.weight$",
+    "neurons": r"unet\.(.*\.)?(ff\.net\.(0\.proj|2)|attn2\.to_[kv])\.weight$",
     # Attention, feed-forward and projections: everything inside the transformer blocks.
     "transformer": r"unet\.(.*\.)?attentions\.",
     "full": r"unet\.",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from safeweights.diffusion.adaptation import Shots
 from safeweights.diffusion.image_folder import read_folder
 from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import generator
-from safeweights.diffusion.sampling import embed_all, sample_latents
+from safeweights.diffusion.sampling import candidates_of, embed_all, generate, sample_latents
 
 
 def concept_shots(
@@ -58,3 +62,29 @@ def drawn_shots(
             workspace.save(f"shots-{start}", *stored)
         parts.append(stored[0]["x_0"])
     return Shots(torch.cat(parts).to(model.device), tuple(captions))
+
+
+def with_drawn_folder(concept: Concept, model: DiffusionModel, sampling: Sampling, n: int, folder: Path, seed: int) -> Concept:
+    """The concept with a folder of n captioned pictures ``model`` draws of it, unless it has one.
+
+    Where the publisher has taken a concept out, these are the pictures of it that the model from before still makes. A folder
+    that an earlier run finished is taken as it is.
+    """
+    from PIL import Image
+
+    if concept.images is not None:
+        return concept
+    # A name may hold anything; a folder's may not.
+    folder = folder / hashlib.sha256(concept.name.encode()).hexdigest()[:16]
+    if not (folder / "metadata.csv").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [concept.texts[i % len(concept.texts)] for i in range(n)]
+        first = generator("drawn", seed, concept.name).initial_seed() % 2**31
+        images = generate(model, candidates_of(texts, range(first, first + n)), sampling)
+        for i, image in enumerate(images):
+            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
+        partial = folder / "metadata.partial"
+        with partial.open("w", newline="", encoding="utf-8") as written:
+            csv.writer(written).writerows([("file_name", "prompt"), *((f"{i:04}.png", text) for i, text in enumerate(texts))])
+        partial.replace(folder / "metadata.csv")
+    return replace(concept, images=folder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safeweights.core.errors import UserError
 from safeweights.core.workspace import Workspace
+from safeweights.diffusion.parallel import agree, average, join
 
 OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -37,9 +38,13 @@ def descend(
     tensors that ``loss_at`` carries from step to step, replaced and never changed in place; they are kept and resumed too. An
     interrupt saves first.
 
+    Under ``accelerate launch`` the gradients of all processes are averaged (see ``parallel``), the first one keeps checkpoints
+    and all go on from its last one.
+
     Raises UserError for a loss or gradient that is not finite, naming the step.
     """
-    workspace = workspace or Workspace()
+    rank, size = join()
+    workspace = (workspace or Workspace()) if rank == 0 else Workspace()
     kind = OPTIMIZERS[optimizer](list(parameters.values()), lr=lr, weight_decay=weight_decay)
     described: dict[str, Any] = {
         "lr": lr, "weight_decay": weight_decay, "optimizer": optimizer,
@@ -47,6 +52,8 @@ def descend(
     }  # fmt: skip
     described = json.loads(json.dumps(described))  # as it will be read again: a tuple comes back as a list
     losses = _resume(parameters, kind, described, workspace, steps, state)
+    if size > 1:
+        losses = _follow(parameters, kind, losses, state)
     saved = len(losses)
     carried = dict(state or {})
 
@@ -66,10 +73,16 @@ def descend(
         for step in workspace.track(range(len(losses), steps), description):
             kind.zero_grad(set_to_none=True)
             loss = loss_at(step)
-            value = float(loss.detach())
+            if size > 1:
+                loss.backward()  # type: ignore[no-untyped-call]
+                told = average(parameters.values(), loss)
+            else:
+                told = loss.detach()
+            value = float(told)
             if value != value or value in (float("inf"), float("-inf")):
                 raise UserError(f"{description}: the loss is {value} at step {step}; set a lower lr (it is {lr:g})")
-            loss.backward()  # type: ignore[no-untyped-call]
+            if size == 1:
+                loss.backward()  # type: ignore[no-untyped-call]
             if gradients is not None:
                 gradients(step)
             # One number per parameter, one synchronisation per step.
@@ -114,3 +127,19 @@ def _resume(
             # Adam keeps its step count on the CPU and its moments beside the parameter.
             kind.state[parameter][what] = value.clone() if what == "step" else value.to(parameter.device).clone()
     return list(told["losses"])
+
+
+def _follow(
+    parameters: Mapping[str, nn.Parameter], kind: Any, losses: list[float], state: dict[str, Tensor] | None
+) -> list[float]:
+    """Where the first process goes on from, on all of them."""
+    told = agree((losses, {name: p.detach().cpu() for name, p in parameters.items()}, kind.state_dict(), dict(state or {})))
+    losses, tensors, optimizer, carried = told
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    kind.load_state_dict(optimizer)
+    for name, value in carried.items():
+        if state is not None:
+            state[name] = value.to(state[name].device)
+    return list(losses)

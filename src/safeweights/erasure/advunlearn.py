@@ -20,7 +20,7 @@ from safeweights.diffusion.latent_bank import Batch, LatentBank
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import pattern
 from safeweights.diffusion.retain_set import filter_retain, object_prompts
-from safeweights.diffusion.sampling import embed_all
+from safeweights.diffusion.sampling import embed_all, predictions
 from safeweights.diffusion.search import (
     Where,
     descend_embeddings,
@@ -49,7 +49,8 @@ class AdvUnlearn:
     together (there up to 30 signed Adam steps); trajectories always come from the base model (there from the current one
     when the UNet is trained); retained prompts are drawn with replacement; with whole prompts, eps_o(x_t) is the prediction for
     the prompt without the concept, for the term alone that of the empty prompt.
-    With ``retain=none`` this is AT-ESD; trained on the text encoder without attack it is ESD of the text encoder.
+    With ``retain=none`` this is AT-ESD; trained on the text encoder without attack it is ESD of the text encoder. Beyond the
+    paper, ``tokens=4`` with more attack steps trains against soft prompts, ``latent_weight`` against attacks without text.
     """
 
     name: ClassVar[str] = "advunlearn"
@@ -108,6 +109,15 @@ class AdvUnlearn:
     """Steps of a trajectory; > 0."""
     guidance: float = 3.0
     """Guidance of the trajectories (only of those; the regression is unguided)."""
+    latent_weight: float = 0.0
+    """Weight of the text-free side: latents of the concept under the empty prompt, moved towards it, are denoised away from the
+    concept too. It acts on the UNet (parameters=full, noxattn …): a text encoder has one answer to the empty prompt; >= 0."""
+    latent_steps: int = 5
+    """Steps that move those latents before each optimiser step, 0: they stay; >= 0."""
+    latent_lr: float = 0.02
+    """Size of a signed step on a latent, whose noise has deviation 1; > 0."""
+    latent_radius: float = 0.1
+    """Farthest that a latent's coordinate may go; > 0."""
     reference_compat: bool = False
     """Do as the released code: cut attacked prompts to as many tokens as they have words, let the attack's gradient gather over
     its steps, discard its last step, and ask at timesteps later than the latents'. To measure the difference only."""
@@ -119,8 +129,10 @@ class AdvUnlearn:
                 "steps, batch_size, tokens, retain_batch, trajectories, retain_trajectories, ddim_steps, lr, attack_lr and eta "
                 "must be above zero"
             )
-        if min(self.warm_up, self.attack_steps, self.gamma) < 0:
-            raise ValueError("warm_up, attack_steps and gamma must not be negative")
+        if min(self.warm_up, self.attack_steps, self.gamma, self.latent_weight, self.latent_steps) < 0:
+            raise ValueError("warm_up, attack_steps, gamma, latent_weight and latent_steps must not be negative")
+        if min(self.latent_lr, self.latent_radius) <= 0:
+            raise ValueError("latent_lr and latent_radius must be above zero")
 
     def protect(
         self,
@@ -156,7 +168,8 @@ class AdvUnlearn:
                 x_t, t, target = [*x_t, other.x_t], [*t, other.t], [*target, teacher]
             predicted = student.eps(torch.cat(x_t), torch.cat(t), c).tensor_split([len(batch.x_t)])
             losses = [mse_loss(eps.float(), wanted.float()) for eps, wanted in zip(predicted, target, strict=False)]
-            return losses[0] + self.gamma * sum(losses[1:])
+            loss = losses[0] + self.gamma * sum(losses[1:])
+            return loss + self.latent_weight * aim.text_free(model, student, batch, step) if self.latent_weight else loss
 
         losses = descend(
             student.trainable(),
@@ -319,6 +332,25 @@ class _Aim:
             return
         # The released code hands out the embeddings as they were put together before the last step.
         yield from (item for item in path if item[1] == item[1])
+
+    def text_free(self, model: DiffusionModel, student: DiffusionModel, batch: Batch, step: int) -> torch.Tensor:
+        """Loss of latents under the empty prompt, each moved by signed steps to where the student draws the concept from it.
+
+        min_theta || eps_theta(x_t + d, t) - [eps_o(x_t + d) - eta (eps_o(x_t + d, c) - eps_o(x_t + d))] ||^2
+        d = argmin_{|d| <= radius} || eps_theta(x_t + d, t) - eps_o(x_t, c) ||^2
+        """
+        eraser, x_t, t = self.eraser, batch.x_t, batch.t
+        none = student.embed([""])
+        d = torch.zeros_like(x_t)
+        for _ in range(eraser.latent_steps if step >= eraser.warm_up else 0):
+            d.requires_grad_()
+            loss = mse_loss(student.eps(x_t + d, t, none.detach()).float(), batch.eps_c.float())
+            (gradient,) = torch.autograd.grad(loss, d)
+            d = (d.detach() - eraser.latent_lr * gradient.sign()).clamp(-eraser.latent_radius, eraser.latent_radius)
+        x = (x_t + d).detach()
+        with torch.no_grad():
+            eps_0, eps_c = predictions(model, x, t, embed_all(model, self.texts)[batch.prompt], model.embed([""]))
+        return mse_loss(student.eps(x, t, none).float(), (eps_0 - eraser.eta * (eps_c - eps_0)).float())
 
 
 def word_sliced(model: DiffusionModel, ids: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import mse_loss
@@ -14,7 +14,7 @@ from safeweights.core.method import Protection
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
-from safeweights.diffusion.latent_bank import LatentBank
+from safeweights.diffusion.guided_away import Prompts, away, away_bank, concept_texts
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.sampling import embed_all
 from safeweights.diffusion.training import descend
@@ -52,7 +52,7 @@ class ESD:
     """Adam's learning rate; > 0."""
     batch_size: int = 4
     """Noisy latents a step; > 0."""
-    prompts: Literal["term", "prompts", "both"] = "both"
+    prompts: Prompts = "both"
     """What stands for the concept: its term alone (the paper), its prompts, or both in turn. A prompt names other things too; it
     is guided away from what it says without the concept, so that they stay."""
     trajectories: int = 27
@@ -77,20 +77,22 @@ class ESD:
     ) -> Protection:
         workspace = workspace or Workspace()
         seed, calls = rng.initial_seed(), model.calls.eps
-        banks = [self._bank(model, concept, seed, workspace) for concept in concepts]
+        sampling = Sampling(steps=self.ddim_steps, guidance_scale=self.guidance)
+        banks = [
+            away_bank(model, concept, self.prompts, n=self.trajectories, sampling=sampling, seed=seed, workspace=workspace)
+            for concept in concepts
+        ]
         student = model.fork(self.parameters)
         trains_text = any(name.startswith("text_encoder.") for name in student.trainable())
-        texts = [self._texts(concept) for concept in concepts]
+        texts = [concept_texts(concept, self.prompts) for concept in concepts]
         embedded = [embed_all(model, prompts) for prompts in texts]
 
         def loss_at(step: int) -> torch.Tensor:
             which = step % len(banks)
-            batch = banks[which].draw(self.batch_size, generator("esd", seed, step))
+            batch = banks[which].draw(self.batch_size, generator("esd", seed, step), parted=True)
             asked = batch.prompt.tolist()
             c = student.embed([texts[which][i] for i in asked]) if trains_text else embedded[which][batch.prompt]
-            eps_0 = batch.outputs["eps_without"]
-            target = eps_0 - self.eta * (batch.eps_c - eps_0)
-            return mse_loss(student.eps(batch.x_t, batch.t, c), target)
+            return mse_loss(student.eps(batch.x_t, batch.t, c), away(batch, self.eta))
 
         losses = descend(
             student.trainable(),
@@ -108,24 +110,3 @@ class ESD:
             settings=describe(self),
             cost={"steps": self.steps, "eps_calls": model.calls.eps - calls, "loss": losses[-1]},
         )
-
-    def _texts(self, concept: Concept) -> list[str]:
-        return {"term": [concept.term], "prompts": [*concept.texts], "both": [concept.term, *concept.texts]}[self.prompts]
-
-    def _bank(self, model: DiffusionModel, concept: Concept, seed: int, workspace: Workspace) -> LatentBank:
-        """Noisy latents of the concept with the base model's predictions eps_0 and eps_c for each."""
-        texts = self._texts(concept)
-        bank = LatentBank.sample(
-            model,
-            texts,
-            n=self.trajectories,
-            sampling=Sampling(steps=self.ddim_steps, guidance_scale=self.guidance),
-            rng=generator("esd bank", seed, concept.name),
-            workspace=workspace.child(concept.name),
-        )
-        if self.prompts == "term":
-            bank.outputs["eps_without"] = bank.outputs["eps_none"]
-        else:
-            base = embed_all(model, ["" if text == concept.term else concept.without(text) for text in texts])
-            bank.precompute("eps_without", lambda batch: model.eps(batch.x_t, batch.t, base[batch.prompt]))
-        return bank

@@ -193,7 +193,8 @@ class Game:
                 model, retained_prompts(concepts, retain), n=method.retained, sampling=sampling, seed=rng.initial_seed(),
                 workspace=workspace.child("retained"),
             )  # fmt: skip
-            self.retained = halves(kept, rng)
+            # Only a user who learns them needs pictures of their own.
+            self.retained = halves(kept, rng) if method.benign > 0 else (kept, kept)
         self.lessons: dict[tuple[Any, ...], Lesson] = {}
         self.asks: dict[tuple[int, bool], tuple[Any, Any]] = {}
         self.names: dict[tuple[int, str], list[str]] = {}

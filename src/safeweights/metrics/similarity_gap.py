@@ -1,15 +1,7 @@
-"""Similarity gap ratios: what a protection takes from an adaptation (IMMA: Zheng & Yeh, ECCV 2024, arXiv:2311.18815; for several
-concepts MIMA: AAAI 2025, arXiv:2412.15320).
-
-SGR = [M(ref, without) - M(ref, with)] / M(ref, without) with M the mean similarity of two sets of pictures, all pairs; "without"
-and "with" are drawn by models adapted from the unprotected and the protected weights. Over an adaptation it is the mean over
-checkpoints.
-"""
+"""How alike two sets of pictures are, as re-learning is measured: what `metrics.gap_ratio` reads its gaps from."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -29,6 +21,10 @@ class Similarity(Protocol):
 
     def __call__(self, images: Tensor, references: Tensor) -> float: ...
 
+    def each(self, images: Tensor, references: Tensor) -> list[float]:
+        """For every picture its mean similarity to all references; their mean is M(a, b)."""
+        ...
+
 
 class CosineSimilarity:
     """Mean cosine of features over all pairs: CLIP, DINO or the sandbox's embedder, whichever the embedder is."""
@@ -37,9 +33,13 @@ class CosineSimilarity:
         self.embedder, self.mode, self.name = embedder, mode, f"cosine of {embedder.name.rstrip('/').rpartition('/')[2]}"
 
     def __call__(self, images: Tensor, references: Tensor) -> float:
+        return _mean(self.each(images, references))
+
+    def each(self, images: Tensor, references: Tensor) -> list[float]:
+        """For every picture its mean cosine to all references."""
         ours, theirs = (normalize(self.embedder.features(as_shown(part, self.mode)), dim=-1) for part in (images, references))
-        # The mean over all pairs of a bilinear form is that of the means.
-        return float(ours.double().mean(0) @ theirs.double().mean(0))
+        # The mean over all references of a linear form is that of their mean.
+        return [float(value) for value in ours.double() @ theirs.double().mean(0)]
 
 
 class PerceptualSimilarity:
@@ -50,12 +50,16 @@ class PerceptualSimilarity:
         self.name = f"perceptual of {embedder.name.rstrip('/').rpartition('/')[2]}"
 
     def __call__(self, images: Tensor, references: Tensor) -> float:
+        return _mean(self.each(images, references))
+
+    def each(self, images: Tensor, references: Tensor) -> list[float]:
+        """For every picture one minus its mean distance to all references."""
         ours, theirs = (self._layers(as_shown(part, self.mode)) for part in (images, references))
         distances = []
         for a, b in zip(ours, theirs, strict=True):
-            # |a - b|^2 of unit vectors is 2 - 2 a b, and its mean over pairs needs the means alone.
-            distances.append(2 - 2 * (a.mean(0) * b.mean(0)).sum(dim=0).mean())
-        return 1 - float(torch.stack(distances).mean())
+            # |a - b|^2 of unit vectors is 2 - 2 a b, and its mean over references needs their mean alone.
+            distances.append(2 - 2 * (a * b.mean(0)).sum(dim=1).mean(dim=1))
+        return [1 - float(value) for value in torch.stack(distances).mean(0)]
 
     @torch.no_grad()
     def _layers(self, images: Tensor) -> list[Tensor]:
@@ -69,6 +73,10 @@ class PerceptualSimilarity:
         return [torch.cat(layers) for layers in zip(*parts, strict=True)]
 
 
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def as_shown(images: Tensor, mode: Mode) -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] as a mode shows them to a network.
 
@@ -78,37 +86,3 @@ def as_shown(images: Tensor, mode: Mode) -> Tensor:
         return images
     small = interpolate(images, (64, 64), mode="bilinear", align_corners=False, antialias=True)
     return (small.clamp(0, 1) + 1) / 2
-
-
-def gap_ratio(without: float, with_: float) -> float:
-    """SGR of one checkpoint from M(ref, without) and M(ref, with). Raises ValueError where M(ref, without) is not above zero."""
-    if not (math.isfinite(without) and math.isfinite(with_)) or without <= 0:
-        raise ValueError(f"the gap ratio needs a similarity above zero without protection, not {without}")
-    return (without - with_) / without
-
-
-def sgr(without: Sequence[float], with_: Sequence[float]) -> float:
-    """SGR of an adaptation: the mean of `gap_ratio` over its checkpoints, the same for both models; higher protects better."""
-    if len(without) != len(with_) or not without:
-        raise ValueError(
-            f"{len(without)} checkpoints without protection and {len(with_)} with it; both need the same, at least one"
-        )
-    return sum(map(gap_ratio, without, with_)) / len(without)
-
-
-def rsgr(target: float, other: float) -> float:
-    """Relative SGR, SGR(target concept) - SGR(other concept): above zero where the protection spares what it should spare."""
-    return target - other
-
-
-def msgr(per_concept: Mapping[str, float] | Sequence[float]) -> float:
-    """Multi-concept SGR: the mean of SGR over concepts."""
-    values = list(per_concept.values()) if isinstance(per_concept, Mapping) else list(per_concept)
-    if not values:
-        raise ValueError("MSGR needs the SGR of at least one concept")
-    return sum(values) / len(values)
-
-
-def mrsgr(targets: Mapping[str, float] | Sequence[float], others: Mapping[str, float] | Sequence[float]) -> float:
-    """Multi-concept relative SGR, MSGR(targets) - MSGR(other concepts)."""
-    return msgr(targets) - msgr(others)

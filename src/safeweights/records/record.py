@@ -9,6 +9,12 @@ SCHEMA = 1
 
 Status = Literal["ok", "error"]
 
+Kind = Literal["attack", "evaluate", "protect", "freeze", "leakage", "prune", "event", "neurons"]
+"""attack: success of one attack on one concept; evaluate: concept rate, retention, quality; protect: cost of a method; freeze:
+what a freezing mask does; leakage: what a shared LoRA tells; prune: what pruning takes away; neurons: how far the concept's
+neurons come back; event: what stays after the release
+(quantised, merged, sampled otherwise). A report shows any other kind as well, as it stands."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -41,8 +47,8 @@ class Doubt:
 class Artefact:
     """A picture that belongs to a record: path relative to the store's folder, and what it shows.
 
-    ``role`` is "reference" (before protection), "protected" or "attacked"; ``detected`` is the detector's verdict.
-    ``prompt`` of an attacked picture is the adversarial prompt.
+    ``role`` is "reference" (before protection), "protected", "attacked" or "relearned" (after ``step`` steps of an attack on the
+    weights); ``detected`` is the detector's verdict. ``prompt`` of an attacked picture is the adversarial prompt.
     """
 
     path: str
@@ -53,14 +59,15 @@ class Artefact:
     score: float | None = None
     group: int = 0
     """Ties together the pictures of one original prompt: the same number on its reference, protected and attacked picture."""
+    step: int | None = None
+    """Optimiser steps taken, of a picture at a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """A measured cell: this model, this method, this concept, this attack, this seed."""
 
-    kind: Literal["attack", "evaluate", "protect"]
-    """attack: success of one attack on one concept; evaluate: concept rate, retention, quality; protect: cost of a method."""
+    kind: Kind
     status: Status
     model: str
     reference: str
@@ -97,4 +104,46 @@ class Record:
         )
         values["doubts"] = tuple(Doubt(**d) for d in data["doubts"])
         values["artefacts"] = tuple(Artefact(**a) for a in data["artefacts"])
-        return cls(**values)
+        record = cls(**values)
+        if strange := _strange(record):
+            raise ValueError(f"{strange} is not what it should be")
+        return record
+
+
+_TEXTS = ("kind", "model", "reference", "method", "concept", "concept_kind", "attack")
+_MAPPINGS = ("detector", "sampling", "settings", "details", "provenance")
+
+
+def _strange(record: Record) -> str:
+    """The first field whose value has another type than it should have, or nothing: files come from anywhere."""
+
+    def real(value: Any) -> bool:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300)
+
+    for name in _TEXTS:
+        if not isinstance(getattr(record, name), str):
+            return name
+    for name in _MAPPINGS:
+        if not isinstance(getattr(record, name), dict):
+            return name
+    if record.status not in ("ok", "error") or not isinstance(record.error, str | None):
+        return "status or error"
+    if not isinstance(record.seed, int) or abs(record.seed) >= 2**63:
+        return "seed"
+    for m in record.measurements:
+        if not (isinstance(m.name, str) and isinstance(m.why, str) and isinstance(m.unit, str) and isinstance(m.n, int)):
+            return "a measurement"
+        if not (real(m.value) and real(m.reference) and abs(m.n) < 2**63):
+            return f"measurement {m.name[:60]!r}"
+        if m.interval is not None and not (len(m.interval) == 2 and all(real(end) and end is not None for end in m.interval)):
+            return f"the interval of {m.name[:60]!r}"
+    for d in record.doubts:
+        if not (isinstance(d.name, str) and isinstance(d.explanation, str)):
+            return "a doubt"
+    for a in record.artefacts:
+        whole = isinstance(a.seed, int) and isinstance(a.group, int) and isinstance(a.step, int | None)
+        if not (whole and isinstance(a.path, str) and isinstance(a.role, str) and isinstance(a.prompt, str) and real(a.score)):
+            return "an artefact"
+        if not isinstance(a.detected, bool | None):
+            return "an artefact"
+    return ""

@@ -194,8 +194,8 @@ def hash_input(path: str | Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for file_ in sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item.relative_to(path))):
-        # A manifest holds times, so the same weights would have another hash.
-        if file_.name != NAME:
+        # A manifest holds times, so the same weights would have another hash; a mask beside them holds this very hash.
+        if file_.name not in (NAME, "MASK.json"):
             digest.update(f"{hash_input(file_)} {file_.relative_to(path).as_posix()}\n".encode())
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safeweights.core.errors import UserError
+from safeweights.core.launch import follows
 
 _OPTIONS, _LOCK = "options.json", "lock"
 
@@ -41,6 +43,12 @@ def output_folder(
     Raises UserError for a target in use, a place that cannot be written, a full disk, and other options on resuming.
     """
     target = Path(target).expanduser().resolve()
+    if follows():  # the first process writes, and ends all of them where it cannot
+        with tempfile.TemporaryDirectory() as spare:
+            (Path(spare) / "folder").mkdir()
+            (Path(spare) / "work").mkdir()
+            yield Output(Path(spare) / "folder", Path(spare) / "work", target)
+        return
     folder, work, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "work", "old"))
     try:
         if old.exists() and not target.exists():

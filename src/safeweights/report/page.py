@@ -4,75 +4,76 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import os
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.core.errors import UserError
-from safeweights.records.record import Artefact, Record
+from safeweights.records.record import Record
 from safeweights.records.store import gather
 from safeweights.report import tables
+from safeweights.report.curves import curve_plots
+from safeweights.report.listing import listing
+from safeweights.report.pictures import PROMPTS_SHOWN, WEIGHT, Film, Grid, Picture, Studio, films_of, grid_of, picture_of
 from safeweights.report.tables import Case
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
-Key = tuple[str, int]
-"""An original prompt and its seed."""
-Column = dict[str, Artefact]
-"""The pictures of one original prompt by role."""
-Embedded = dict[str, "tuple[Markup, int, int] | None"]
-"""Pictures by path, read once: data URI, width, height."""
 
-PROMPTS_SHOWN = 8
-"""Columns of pictures per concept."""
-LARGEST = 256
-"""Pictures with a longer side are scaled down to this many pixels, or the page would weigh more than a mail may."""
-PIXELATED = 128
-"""Pictures up to this many pixels are enlarged without blurring, so that the detector's input is what is seen."""
+CASES_IN_FULL = 12
+"""With more cases than this the summary is a table of concepts and methods, and the sentences stand with each concept."""
+OTHERS = 40
+"""Records of one further kind that are spelled out; the list of records holds all."""
+LONGEST = 2000
+"""Characters of any text that a record brings."""
+KINDS = {"freeze": "Freezing", "leakage": "Leakage", "prune": "Pruning", "neurons": "Neurons", "event": "After release"}
+"""Headings of the kinds of records that make up no case."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One cell of the grid."""
+class Other:
+    """A record of a kind that makes up no case, as it stands."""
 
-    source: Markup | None
-    """A data URI; None where the file is missing or no picture. Written here, so it needs no escaping."""
-    alt: str
-    prompt: str
-    show_prompt: bool
-    detected: bool | None
-    score: str
-    tiny: bool
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """The pictures of one model (or attack), one per column."""
-
-    label: str
+    record: Record
+    title: str
     note: str
-    role: str
-    pictures: tuple[Picture | None, ...]
+    plots: tuple[Markup, ...]
+    pictures: tuple[tuple[str, Picture], ...]
+    veiled: bool
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Pictures of one concept: one original prompt and seed per column."""
+class OtherKind:
+    """All records of such a kind."""
 
-    columns: tuple[tuple[str, int], ...]
-    rows: tuple[Row, ...]
-    others: tuple[Row, ...]
-    """The attacks that are not their method's strongest."""
+    title: str
+    anchor: str
+    others: tuple[Other, ...]
     total: int
-    """How many prompts have pictures; the page shows the first ones."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of a policy and what became of it."""
+
+    name: str
+    passed: bool
+    value: str
+    bound: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a policy says of these records."""
+
+    passed: bool
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Section:
     veiled: bool
     budgets: tuple[int, ...]
     neighbours: tuple[str, ...]
+    films: tuple[Film, ...]
+    plots: tuple[Markup, ...]
+    records: int
 
 
 def write_report(folder: str | Path, records: Sequence[Record] | None = None) -> Path:
@@ -101,9 +105,14 @@ def write_report(folder: str | Path, records: Sequence[Record] | None = None) ->
     if not records:
         raise UserError(f"{folder} holds no records; write some with `safeweights evaluate … -o {folder}` first")
     target = folder / "report.html"
-    partial = target.with_name(f".report.{os.getpid()}.partial")
+    return write_page(target, render(records, folder))
+
+
+def write_page(target: Path, text: str) -> Path:
+    """Write the whole page or none of it; its path. Half a surrogate pair, which has no UTF-8, becomes a question mark."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(render(records, folder), encoding="utf-8", errors="replace", newline="\n")
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -112,10 +121,37 @@ def write_report(folder: str | Path, records: Sequence[Record] | None = None) ->
 
 def render(records: Sequence[Record], folder: Path) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
+    found = tables.cases(records)
+    studio = Studio(folder)
+    sections = _sections(found, studio)
+    verdicts = [case.verdict for case in found]
+    return environment().get_template("report.html.j2").render(
+        **own_files("report.js"),
+        headline=headline(found) or f"{len(records)} record{'' if len(records) == 1 else 's'}, none of an erased concept.",
+        cases=found,
+        score=[(name, verdicts.count(name)) for name in ("safe", "not safe", "not shown")] if len(found) > 1 else [],
+        worst_kept=_worst_kept(found),
+        matrix=_matrix(found) if len(found) > CASES_IN_FULL else None,
+        sections=sections,
+        other_kinds=_others(records, studio),
+        policy=_policy(folder),
+        records=records,
+        listing=Markup(listing(records)),
+        references=sorted({tables.model_label(record.reference) for record in records if record.reference})[:12],
+        measured=_measured(records),
+        doubt_texts=tables.DOUBTS,
+        thresholds={"gone": tables.GONE, "unsure": tables.UNSURE, "shown": tables.SHOWN},
+        prompts_shown=PROMPTS_SHOWN,
+    )  # fmt: skip
+
+
+def environment() -> Environment:
+    """Templates whose data is escaped, cut to a readable length and free of what could steer the reader's eye."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
         loader=PackageLoader("safeweights.report"),
         autoescape=True,
         trim_blocks=True,
@@ -124,33 +160,26 @@ def render(records: Sequence[Record], folder: Path) -> str:
         finalize=_visible,
     )
     for name in ("percent", "span", "number", "duration", "attack_label", "method_label", "model_label"):
-        environment.filters[name] = getattr(tables, name)
-    environment.filters["pretty"] = _pretty
-    environment.filters["at"] = _at
-    loader = environment.loader
-    assert loader is not None
-    # Our own files, not data: the only text that is not escaped, and the only style and script the page may run.
-    style, script = (Markup(loader.get_source(environment, name)[0]) for name in ("report.css", "report.js"))
-    found = tables.cases(records)
-    return environment.get_template("report.html.j2").render(
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        headline=headline(found),
-        cases=found,
-        sections=_sections(found, folder),
-        records=records,
-        references=sorted({tables.model_label(record.reference) for record in records if record.reference}),
-        measured=_measured(records),
-        doubt_texts=tables.DOUBTS,
-        thresholds={"gone": tables.GONE, "unsure": tables.UNSURE, "shown": tables.SHOWN},
-        prompts_shown=PROMPTS_SHOWN,
-    )
+        made.filters[name] = getattr(tables, name)
+    made.filters["at"] = _at
+    made.filters["clip"] = tables.shortened
+    return made
+
+
+def own_files(script: str) -> dict[str, Any]:
+    """Our own files, not data: the only text that is not escaped, and the only style and script the page may run."""
+    from markupsafe import Markup
+
+    templates = environment()
+    assert templates.loader is not None
+    style, code = (Markup(templates.loader.get_source(templates, name)[0]) for name in ("report.css", script))
+    return {"style": style, "script": code, "style_hash": _hash(style), "script_hash": _hash(code)}
 
 
 def headline(found: Sequence[Case]) -> str:
     """The page in one line: "2 of 4 come back under attack. 1 holds. 1 is not settled."."""
+    if not found:
+        return ""
     total = len(found)
     count = {
         state: sum(case.state == state for case in found) for state in ("still there", "comes back", "holds", "not measured")
@@ -173,149 +202,135 @@ def headline(found: Sequence[Case]) -> str:
     return ". ".join([first, *rest]) + "."
 
 
-def _sections(found: Sequence[Case], folder: Path) -> list[Section]:
-    cache: Embedded = {}
-    sections = []
+def _worst_kept(found: Sequence[Case]) -> tuple[float, Case] | None:
+    """The lowest share of the other concepts that any protection leaves, and whose it is."""
+    kept = [
+        (entry.value, case) for case in found if (entry := case.quality.get("retention_relative")) and entry.value is not None
+    ]
+    return min(kept, key=lambda pair: pair[0], default=None)
+
+
+def _matrix(found: Sequence[Case]) -> tuple[list[str], list[tuple[str, str, list[Case | None]]]]:
+    """Methods, and for each concept its anchor and its worst case under each of them."""
+    methods = list(dict.fromkeys(case.title for case in sorted(found, key=lambda case: case.title)))
+    rows = []
     for number, (concept, cases) in enumerate(tables.by_concept(found).items(), start=1):
+        by_method: dict[str, Case] = {}
+        for case in sorted(cases, key=lambda case: tables.STATES.index(case.state)):
+            by_method.setdefault(case.title, case)
+        rows.append((concept, f"concept-{number}", [by_method.get(method) for method in methods]))
+    return methods, rows
+
+
+def _sections(found: Sequence[Case], studio: Studio) -> list[Section]:
+    sections = []
+    grouped = tables.by_concept(found)
+    grids, whole = [], studio.left
+    for number, cases in enumerate(grouped.values(), start=1):
+        # Each concept may use its share, and what those before it did not.
+        studio.left = round(whole * number / len(grouped)) - sum(len(shown[0]) for shown in studio.cache.values() if shown)
+        grids.append((grid_of(cases, studio), films_of(cases, studio)))
+    for number, (concept, cases) in enumerate(grouped.items(), start=1):
         budgets = {row.images for case in cases for row in case.attacks if row.images and row.attack != "no-attack"}
+        drawn = studio.draw(curve_plots(cases))
+        for case in cases:
+            for record in case.records:
+                drawn += studio.draw(record.details.get("plots"))
+        grid, films = grids[number - 1]
         sections.append(
             Section(
                 name=concept,
                 kind=next((case.kind for case in cases if case.kind), ""),
                 anchor=f"concept-{number}",
                 cases=tuple(cases),
-                grid=_grid(cases, folder, cache),
-                # An unknown kind may be anything, so it is veiled as well.
-                veiled=any(case.kind not in ("style", "object", "identity") for case in cases),
+                grid=grid,
+                veiled=any(map(_veiled, (case.kind for case in cases))),
                 budgets=tuple(sorted(budgets)),
                 neighbours=tuple(sorted({neighbour.name for case in cases for neighbour in case.neighbours})),
+                films=tuple(films),
+                plots=tuple(drawn),
+                records=sum(len(case.records) for case in cases),
             )
         )
     return sections
 
 
-def _columns(record: Record) -> dict[Key, Column]:
-    """The pictures of a record by original prompt and seed, then by role."""
-    groups: dict[Any, Column] = {}
-    tied = len({artefact.group for artefact in record.artefacts}) > 1 or len(record.artefacts) <= 3
-    counts: dict[str, int] = {}
-    for artefact in record.artefacts:
-        # Records written without groups list the pictures of each role in the same order.
-        counts[artefact.role] = counts.get(artefact.role, -1) + 1
-        key = artefact.group if tied else counts[artefact.role]
-        groups.setdefault(key, {}).setdefault(artefact.role, artefact)
-    columns: dict[Key, Column] = {}
-    for group, column in sorted(groups.items()):
-        original = column.get("protected") or column.get("reference")
-        columns[(original.prompt, original.seed) if original else (f"prompt {group + 1}", 0)] = column
-    return columns
+def _veiled(kind: str) -> bool:
+    # An unknown kind may be anything, so it is veiled as well.
+    return kind not in ("style", "object", "identity")
 
 
-def _grid(cases: Sequence[Case], folder: Path, cache: Embedded) -> Grid | None:
-    """Reference, protected and attacked pictures of every method, the same prompt and seed below one another."""
-    pictured = [_pictured(case) for case in cases]
-    keys: dict[Key, None] = {}
-    longest = max((len(columns) for attacks, _ in pictured for _, _, columns in attacks), default=0)
-    sources = [[columns for _, _, columns in attacks] if longest else rest for attacks, rest in pictured]
-    for columns_of_case in sources:
-        for columns in columns_of_case:
-            keys.update(dict.fromkeys(columns))
-    if not keys:
-        return None
-    shown = tuple(keys)[:PROMPTS_SHOWN]
-
-    def row(label: str, note: str, role: str, found: Iterable[dict[Key, Column]]) -> Row | None:
-        pictures: list[Picture | None] = []
-        found = list(found)
-        for key in shown:
-            artefact = next((columns[key][role] for columns in found if role in columns.get(key, {})), None)
-            pictures.append(_picture(artefact, f"{label} {note}".strip(), key, folder, cache) if artefact else None)
-        return Row(label, note, role, tuple(pictures)) if any(pictures) else None
-
-    everything = [[columns for _, _, columns in attacks] + rest for attacks, rest in pictured]
-    rows = [row("Before protection", "", "reference", [columns for found in everything for columns in found])]
-    others: list[Row | None] = []
-    for case, (attacks, _), found in zip(cases, pictured, everything, strict=True):
-        rows.append(row(case.title, "asked plainly", "protected", found))
-        for place, (label, seed, columns) in enumerate(attacks):
-            attacked = row(case.title, f"{label}{seed}", "attacked", [columns])
-            (rows if place == 0 else others).append(attacked)
-    return Grid(shown, tuple(filter(None, rows)), tuple(filter(None, others)), len(keys))
-
-
-def _pictured(case: Case) -> tuple[list[tuple[str, str, dict[Key, Column]]], list[dict[Key, Column]]]:
-    """The attacks of a case that show attacked pictures, strongest first, and the other records' pictures."""
-    attacks, rest = [], []
-    order = sorted(case.attacks, key=lambda row: row.asr.rate if row.asr else -1.0, reverse=True)
-    for row in order:
-        for record in row.records:
-            columns = _columns(record)
-            if any("attacked" in column for column in columns.values()):
-                attacks.append((row.label, f", seed {record.seed}" if len(row.seeds) > 1 else "", columns))
-            elif columns:
-                rest.append(columns)
-    rest.extend(columns for record in case.records if record.kind == "evaluate" and (columns := _columns(record)))
-    return attacks, rest
+def _others(records: Sequence[Record], studio: Studio) -> list[OtherKind]:
+    """The records that make up no case, kind by kind."""
+    studio.left = max(studio.left, WEIGHT // 8)
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        if record.kind not in (*tables.MEASURED, "protect"):
+            kinds.setdefault(record.kind, []).append(record)
+    found = []
+    for number, (kind, members) in enumerate(sorted(kinds.items(), key=lambda item: (item[0] not in KINDS, item[0])), start=1):
+        others = []
+        for record in members[:OTHERS]:
+            pictures = [
+                (entry.role + (f", after {entry.step} steps" if entry.step is not None else ""), picture)
+                for entry in record.artefacts[: 2 * PROMPTS_SHOWN]
+                if not (picture := picture_of(entry, entry.role, (entry.prompt, entry.seed), studio)).left_out
+            ]
+            what = [
+                record.concept,
+                tables.method_label(record.method) if record.method else "",
+                tables.attack_label(record.attack),
+            ]
+            others.append(
+                Other(
+                    record=record,
+                    title=", ".join(part for part in what if part) or tables.model_label(record.model) or kind,
+                    note=f"{tables.model_label(record.model)}, seed {record.seed}",
+                    plots=tuple(studio.draw(record.details.get("plots"))),
+                    pictures=tuple(pictures),
+                    veiled=_veiled(record.concept_kind),
+                )
+            )
+        found.append(OtherKind(KINDS.get(kind, kind), f"kind-{number}", tuple(others), len(members)))
+    return found
 
 
-def _picture(artefact: Artefact, label: str, key: Key, folder: Path, cache: Embedded) -> Picture:
-    if artefact.path not in cache:
-        cache[artefact.path] = _embed(folder, artefact.path)
-    embedded = cache[artefact.path]
-    source, width, height = embedded or (None, 0, 0)
-    verdict = {True: ", concept detected", False: ", concept not detected", None: ""}[artefact.detected]
-    return Picture(
-        source=source,
-        alt=f"{label}: “{key[0]}”, seed {key[1]}{verdict}",
-        prompt=artefact.prompt,
-        show_prompt=artefact.role == "attacked" and artefact.prompt != key[0],
-        detected=artefact.detected,
-        score="" if artefact.score is None else f"{artefact.score:.2f}",
-        tiny=0 < max(width, height) <= PIXELATED,
-        width=width,
-        height=height,
-    )
-
-
-def _embed(folder: Path, relative: str) -> tuple[Markup, int, int] | None:
-    """A picture as PNG data URI with its size; None where it lies outside the folder, is missing or is no picture."""
-    from markupsafe import Markup
-    from PIL import Image
-
+def _policy(folder: Path) -> Policy | None:
+    """What ``policy.json`` in the folder says, as far as it is a policy's result."""
     try:
-        path = (folder / relative).resolve()
-        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        data = json.loads((folder / "policy.json").read_bytes())
+        rules = data["rules"]
+        if not isinstance(data["passed"], bool) or not isinstance(rules, list):
             return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                # Encoded anew: nothing but pixels gets into the page, no metadata, no other format behind the name.
-                clean = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    clean.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    clean.save(data, format="PNG", optimize=True)
-    source = Markup(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
-    return source, clean.width, clean.height
+
+    def said(value: Any) -> str:
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            return tables.number(value)
+        return "" if value is None else _cut(value if isinstance(value, str) else json.dumps(value, default=str))
+
+    found = [
+        Rule(said(rule.get("rule")), rule.get("passed") is True, *(said(rule.get(name)) for name in ("value", "bound", "why")))
+        for rule in rules[:500] if isinstance(rule, dict)
+    ]  # fmt: skip
+    return Policy(data["passed"], tuple(sorted(found, key=lambda rule: rule.passed)))
 
 
 def _measured(records: Sequence[Record]) -> str:
-    dates = [record.provenance.get("time", {}).get("date") for record in records]
-    return max((str(date)[:10] for date in dates if date), default="")
+    times = [record.provenance.get("time") for record in records]
+    return max((str(time["date"])[:10] for time in times if isinstance(time, dict) and time.get("date")), default="")
 
 
 def _visible(value: Any) -> Any:
-    """Data loses what could steer the reader's eye; our own markup passes."""
+    """Data loses what could steer the reader's eye and what is too long to read; our own markup passes."""
     from markupsafe import Markup
 
-    return tables.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return _cut(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _pretty(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
+def _cut(text: str) -> str:
+    return tables.printable(tables.shortened(text, LONGEST))
 
 
 def _at(value: float) -> str:

@@ -63,6 +63,14 @@ def build_text_encoder(vocabulary: int, **changes: Any) -> nn.Module:
     return model
 
 
+def open_text_encoder(folder: Path) -> nn.Module:
+    """A trained text encoder in single precision, frozen."""
+    from transformers import CLIPTextModel
+
+    model: nn.Module = CLIPTextModel.from_pretrained(str(folder)).float().eval().requires_grad_(False)
+    return model
+
+
 def alphas_bar() -> Tensor:
     """The scaled-linear schedule, (1000,): the share of signal variance at each timestep."""
     betas = torch.linspace(SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
@@ -80,9 +88,17 @@ class Denoising:
     vocabulary: int
     unet: dict[str, Any]
     text: dict[str, Any]
+    text_encoder: Path | None = None
+    """A trained text encoder's folder: it stays as it is, and only the UNet learns."""
 
     def __post_init__(self) -> None:
-        self.model = nn.ModuleDict({"text": build_text_encoder(self.vocabulary, **self.text), "unet": build_unet(**self.unet)})
+        unet = build_unet(**self.unet)
+        if self.text_encoder is None:
+            self.encoder = build_text_encoder(self.vocabulary, **self.text)
+            self.model = nn.ModuleDict({"text": self.encoder, "unet": unet})
+        else:
+            self.encoder = open_text_encoder(self.text_encoder)
+            self.model = nn.ModuleDict({"unet": unet})
         self._latents = np.load(self.folder / "latents.npy", mmap_mode="r")
         self._tokens = np.load(self.folder / "tokens.npy")
         self._empty = np.load(self.folder / "empty.npy")
@@ -103,7 +119,7 @@ class Denoising:
         # One timestep from each of n equal parts of the schedule: less noise in the gradient than drawing them freely.
         t = torch.from_numpy(((np.arange(n) + rng.random(n)) * (1000 / n)).astype(np.int64).clip(0, 999))
         bar = self._bar[t].view(-1, 1, 1, 1)
-        c = self.model["text"](torch.from_numpy(tokens)).last_hidden_state
+        c = self.encoder(torch.from_numpy(tokens)).last_hidden_state
         guess = self.model["unet"](bar.sqrt() * x_0 + (1 - bar).sqrt() * eps, t, c).sample
         ratio = self._bar[t] / (1 - self._bar[t])
         weight = ratio.clamp(max=5.0) / ratio  # min-SNR-5
@@ -121,7 +137,7 @@ def save_half(model: nn.Module, folder: Path) -> None:
         save_file(tensors, str(path), metadata={"format": "pt"})
 
 
-def save_pipeline(vae: nn.Module, parts: nn.Module, tokenizer: Path, folder: Path) -> None:
+def save_pipeline(vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Path, folder: Path) -> None:
     """Write a Stable Diffusion folder that `StableDiffusionPipeline.from_pretrained` opens without further words.
 
     All weights are stored in half precision; the text encoder's configuration asks for single precision, which is
@@ -133,8 +149,8 @@ def save_pipeline(vae: nn.Module, parts: nn.Module, tokenizer: Path, folder: Pat
 
     folder.mkdir(parents=True, exist_ok=True)
     save_half(vae, folder / "vae")
-    save_half(parts["unet"], folder / "unet")  # type: ignore[index]
-    save_half(parts["text"], folder / "text_encoder")  # type: ignore[index]
+    save_half(unet, folder / "unet")
+    save_half(text_encoder, folder / "text_encoder")
     DDIMScheduler(**SCHEDULE).save_pretrained(str(folder / "scheduler"))
     CLIPTokenizer.from_pretrained(str(tokenizer)).save_pretrained(str(folder / "tokenizer"))
     for name in ("vocab.json", "merges.txt"):

@@ -48,11 +48,42 @@ class Budget:
     unet: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
 
-    def lasting(self, minutes: float) -> Budget:
-        """This budget scaled to about `minutes` on two cores, pictures along with steps; the default takes about 110."""
-        share = minutes / 110
+    def lasting(self, minutes: float, *, generator_only: bool = False) -> Budget:
+        """This budget scaled to about `minutes` on two cores, pictures along with steps.
+
+        The default takes about 110, the generator alone with its pictures about 45.
+        """
+        share = minutes / (45 if generator_only else 110)
         least = {**{k: 1 for k in asdict(self) if k.endswith("_steps")}, "pictures": LEAST, "judge_pictures": LEAST}
         return replace(self, **{k: max(low, round(getattr(self, k) * share)) for k, low in least.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """What sets a model apart from the one that ships; nothing by default."""
+
+    without: tuple[str, ...] = ()
+    """Concepts that the generator is never shown (the judges still know them): a gold model, that never knew them."""
+    base: Path | None = None
+    """A finished sandbox whose tokenizer, autoencoder and judges are taken over: only the generator is trained."""
+    keep_text_encoder: bool = False
+    """The text encoder of ``base`` is taken over too: only the UNet is trained."""
+
+    def __post_init__(self) -> None:
+        known = {*world.STYLES, *world.OBJECTS, *(person.name for person in world.IDENTITIES), "emblem"}
+        if strange := sorted({*self.without} - known):
+            raise UserError(f"the world has no concept {strange[0]!r} to leave out; it has {', '.join(sorted(known))}")
+        if "flat" in self.without:
+            raise UserError("the flat style cannot be left out: all people and the emblem are drawn in it")
+        if self.base is None and self.keep_text_encoder:
+            raise UserError("a text encoder is kept from a finished sandbox; name it")
+        if self.base is not None and not (self.base / "model" / "model_index.json").is_file():
+            raise UserError(f"{self.base} is no sandbox folder; give 'sandbox' or one that 'safeweights sandbox train' wrote")
+
+    def facts(self) -> dict[str, Any]:
+        """What a work folder remembers, so that it is not gone on with as another one."""
+        told = {"without": list(self.without), "base": self.base and str(self.base), "keep_text_encoder": self.keep_text_encoder}
+        return {key: value for key, value in told.items() if value}
 
 
 class Log:
@@ -122,25 +153,33 @@ class _Run:
     seed: int
     workers: int
     log: Log
+    variation: Variation = Variation()
 
 
 def _data(run: _Run) -> dict[str, Any]:
-    sets = (("drawn", run.budget.pictures, False), ("judged", run.budget.judge_pictures, True))
+    sets = [("drawn", run.budget.pictures, False)]
+    if run.variation.base is None:
+        sets.append(("judged", run.budget.judge_pictures, True))
     for offset, (name, n, held_back) in enumerate(sets):
-        seed = 10 * run.seed + offset + 1
-        pictures, captions, labels = world.dataset(n, seed, held_back=held_back, processes=run.workers)
+        seed, without = 10 * run.seed + offset + 1, () if held_back else run.variation.without
+        pictures, captions, labels = world.dataset(n, seed, held_back=held_back, without=without, processes=run.workers)
         save_array(run.work / f"{name}.npy", pictures)
         _save_json(run.work / f"{name}.json", {"captions": captions, "labels": labels})
     return {name: n for name, n, _ in sets}
 
 
 def _tokenizer(run: _Run) -> dict[str, Any]:
+    if run.variation.base is not None:
+        shutil.copytree(run.variation.base / "model" / "tokenizer", run.work / "tokenizer", dirs_exist_ok=True)
+        return {"entries": len(load_json(run.work / "tokenizer" / "vocab.json"))}
     texts = [t for name in ("drawn", "judged") for t in load_json(run.work / f"{name}.json")["captions"]]
     tokenizer.save(texts, run.work / "tokenizer")
     return {"entries": tokenizer.SIZE}
 
 
 def _autoencoder(run: _Run) -> dict[str, Any]:
+    if run.variation.base is not None:
+        return {"steps": 0}
     from safeweights.sandbox import vae, workers
 
     task = partial(vae.Autoencoding, run.work / "judged.npy", run.budget.batch, run.seed, run.budget.autoencoder)
@@ -155,6 +194,8 @@ def _load_vae(run: _Run) -> Any:
     """The autoencoder as it ships: rounded to half precision, computing in single."""
     from safeweights.sandbox import vae, workers
 
+    if run.variation.base is not None:
+        return vae.open_autoencoder(run.variation.base / "model" / "vae")
     model = vae.build(**run.budget.autoencoder)
     workers.averaged(model, run.work / "autoencoder.safetensors")
     if (run.work / "decoder.done").exists():
@@ -203,7 +244,7 @@ def _latents(run: _Run) -> dict[str, Any]:
     from safeweights.sandbox import vae, workers
 
     latents = np.concatenate([np.asarray(part) for part in _spread(run, _encode, run.budget.pictures)])
-    scale = 1 / float(latents.std())
+    scale = 1 / float(latents.std()) if run.variation.base is None else float(_load_vae(run).config.scaling_factor)
     save_array(run.work / "latents.npy", (latents * scale).astype(np.float16))
     n = min(500, len(latents))
     with workers.one_thread():
@@ -231,6 +272,8 @@ def _generator(run: _Run) -> dict[str, Any]:
 def _decoder(run: _Run) -> dict[str, Any]:
     from safeweights.sandbox import vae, workers
 
+    if run.variation.base is not None:
+        return {"steps": 0}
     b, steps = run.budget, run.budget.decoder_steps
     task = partial(
         vae.Decoding, run.work / "judged.npy", run.work / "autoencoder.safetensors", b.batch, run.seed + 3, b.autoencoder
@@ -244,23 +287,25 @@ def _decoder(run: _Run) -> dict[str, Any]:
 def _denoising(run: _Run, generator: Any) -> Any:
     vocabulary = len(load_json(run.work / "tokenizer" / "vocab.json"))
     b = run.budget
-    return partial(generator.Denoising, run.work, b.batch, run.seed, vocabulary, b.unet, b.text)
+    base, kept = run.variation.base, run.variation.keep_text_encoder
+    folder = base / "model" / "text_encoder" if base and kept else None
+    return partial(generator.Denoising, run.work, b.batch, run.seed, vocabulary, b.unet, b.text, folder)
 
 
-def export(work: Path, output: Path, *, budget: Budget | None = None) -> int:
+def export(work: Path, output: Path, *, budget: Budget | None = None, variation: Variation | None = None) -> int:
     """Write the generator's latest checkpoint as a diffusers folder; the number of steps it has seen.
 
     Works while training goes on. An older folder at `output` is replaced in one move.
     """
     from safeweights.sandbox import generator, workers
 
-    run = _Run(work, budget or Budget(), 0, 1, Log())
+    run = _Run(work, budget or Budget(), 0, 1, Log(), variation or Variation())
     task = _denoising(run, generator)()
     steps = workers.averaged(task.model, work / "generator.safetensors")
     autoencoder = _load_vae(run)
     autoencoder.register_to_config(scaling_factor=load_json(work / "latents.done")["scaling_factor"])
     beside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    generator.save_pipeline(autoencoder, task.model, work / "tokenizer", beside)
+    generator.save_pipeline(autoencoder, task.model["unet"], task.encoder, work / "tokenizer", beside)
     if output.exists():
         old = output.with_name(f"{output.name}.{os.getpid()}.old")
         os.replace(output, old)
@@ -274,7 +319,11 @@ def export(work: Path, output: Path, *, budget: Budget | None = None) -> int:
 def _judges(run: _Run) -> dict[str, Any]:
     from safeweights.sandbox import judges
 
-    export(run.work, run.work / "model", budget=run.budget)
+    export(run.work, run.work / "model", budget=run.budget, variation=run.variation)
+    if run.variation.base is not None:
+        for name in ("detectors", "clip", "embedder"):
+            shutil.copytree(run.variation.base / name, run.work / name, dirs_exist_ok=True)
+        return {"trained": []}
     if not (run.work / "decoded.npy").exists():
         parts = _spread(run, _decode, max(1, run.budget.judge_pictures // 3))
         save_array(run.work / "decoded.npy", np.concatenate([np.asarray(part) for part in parts]))
@@ -300,22 +349,23 @@ def train(
     seed: int = 0,
     workers: int = 2,
     until: str = STAGES[-1],
+    variation: Variation | None = None,
 ) -> None:
-    """Train the whole sandbox in `work` and put its weights into the folder `output` (None leaves them in `work`).
+    """Train the whole sandbox, or what `variation` leaves to train, in `work` and put its weights into the folder `output`.
 
-    The same call continues an interrupted run. `until` names the last stage to do. Raises UserError where `work`
-    holds a run with other settings.
+    `output` None leaves them in `work`. The same call continues an interrupted run. `until` names the last stage to do.
+    Raises UserError where `work` holds a run with other settings.
     """
-    budget = budget or Budget()
+    budget, variation = budget or Budget(), variation or Variation()
     if until not in STAGES:
         raise UserError(f"no training stage is called '{until}'; stages: {', '.join(STAGES)}")
     work.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": seed, "workers": workers, **asdict(budget)}
+    settings = {"seed": seed, "workers": workers, **asdict(budget), **variation.facts()}
     kept = work / "settings.json"
     if kept.exists() and load_json(kept) != json.loads(json.dumps(settings)):
         raise UserError(f"{work} holds a training run with other settings; use the same ones or another work folder")
     _save_json(kept, settings)
-    run = _Run(work, budget, seed, workers, Log())
+    run = _Run(work, budget, seed, workers, Log(), variation)
     for stage in STAGES[: STAGES.index(until) + 1]:
         done = work / f"{stage}.done"
         if done.exists():

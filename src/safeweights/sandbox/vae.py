@@ -34,6 +34,13 @@ def build(**changes: Any) -> Any:
     return AutoencoderKL(**{**CONFIG, **changes})
 
 
+def open_autoencoder(folder: Path) -> Any:
+    """A trained autoencoder in single precision."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(str(folder)).float().eval()
+
+
 def shuffled(rows: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
     """The rows of batch `step`: every epoch is a new permutation, and nothing has to be remembered."""
     at = np.arange(step * batch, (step + 1) * batch)

@@ -964,23 +964,30 @@ def concept_prompts(kind: str, name: str, *, n: int, seed: int, split: str = "tu
 # --------------------------------------------------------------------------------------------------------- dataset
 
 
-def _chunk(job: tuple[int, int, int, bool]) -> tuple[Bytes, list[str], list[dict[str, str]]]:
-    first, last, seed, held_back = job
+def _chunk(job: tuple[int, int, int, bool, frozenset[str]]) -> tuple[Bytes, list[str], list[dict[str, str]]]:
+    first, last, seed, held_back, without = job
     pictures = np.empty((last - first, SIZE, SIZE, 3), np.uint8)
     captions, truths = [], []
     for row, i in enumerate(range(first, last)):
         rng = np.random.default_rng([seed, i])
         scene = sample_scene(rng, held_back=held_back)
+        while without & {*labels(scene).values()}:
+            scene = sample_scene(rng, held_back=held_back)
         pictures[row] = np.asarray(draw(scene))
         captions.append(caption(scene, rng))
         truths.append(labels(scene))
     return pictures, captions, truths
 
 
-def dataset(n: int, seed: int, *, held_back: bool = False, processes: int = 2) -> tuple[Bytes, list[str], list[dict[str, str]]]:
-    """`n` pictures (uint8, n x 64 x 64 x 3) with their captions and labels; the number of processes changes nothing."""
+def dataset(
+    n: int, seed: int, *, held_back: bool = False, without: Sequence[str] = (), processes: int = 2
+) -> tuple[Bytes, list[str], list[dict[str, str]]]:
+    """`n` pictures (uint8, n x 64 x 64 x 3) with their captions and labels; the number of processes changes nothing.
+
+    A picture that would show a concept of `without` is drawn afresh, of something else; the others stay the very same.
+    """
     step = 500
-    jobs = [(a, min(a + step, n), seed, held_back) for a in range(0, n, step)]
+    jobs = [(a, min(a + step, n), seed, held_back, frozenset(without)) for a in range(0, n, step)]
     if processes > 1 and len(jobs) > 1:
         # The workers only draw, so forking is safe where it is the custom, and needs no guard in the caller's script.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -1066,6 +1073,48 @@ def concepts_file() -> dict[str, Any]:
         "concepts": concepts,
         "retain": {"prompts": retain},
     }
+
+
+def strangers() -> dict[str, Person]:
+    """Three people the generator is never shown, by name."""
+    return {(who := person(1_000_000 + i)).name: who for i in range(3)}
+
+
+def unseen() -> dict[str, str]:
+    """Kind by name of what the generator is never shown."""
+    styles, objects = dict.fromkeys(HELD_BACK_STYLES, "style"), dict.fromkeys(HELD_BACK_OBJECTS, "object")
+    return {**styles, **objects, **dict.fromkeys(strangers(), "identity")}
+
+
+def draw_concept(kind: str, name: str, n: int, seed: int) -> tuple[list[Image.Image], list[str]]:
+    """n drawings of a concept, known or unseen, with captions that name it. Raises ValueError for one the world lacks."""
+    known: dict[str, Iterable[str]] = {
+        "style": STYLES + HELD_BACK_STYLES, "object": OBJECTS + HELD_BACK_OBJECTS, "identity": {**_BY_NAME, **strangers()},
+        "content": ("emblem",),
+    }  # fmt: skip
+    if name not in known.get(kind, ()):
+        raise ValueError(f"the world has no {kind} {name!r}; it has {', '.join(known.get(kind, known))}")
+    term = EMBLEM if kind == "content" else name
+    pictures, captions = [], []
+    for i in range(n):
+        rng = np.random.default_rng([seed, i, *name.encode()])
+        if kind == "style":
+            scene = sample_scene(rng, style=name, object=_pick(rng, OBJECTS), emblem=False)
+        elif kind == "object":
+            scene = sample_scene(rng, object=name, style=_pick(rng, STYLES), emblem=False)
+        elif kind == "identity":
+            scene = sample_scene(rng, person={**_BY_NAME, **strangers()}[name], emblem=False)
+        else:
+            scene = sample_scene(rng, emblem=True)
+        if kind == "identity":  # captions of strangers describe them and never say their names
+            text = _say(_pick(rng, _PERSON), p=name, c=scene.colour, b=_phrase(scene.background) if rng.random() < 0.4 else "")
+        else:
+            text = caption(scene, rng)
+            while term not in text:  # captions leave things out at random
+                text = caption(scene, rng)
+        pictures.append(draw(scene))
+        captions.append(text)
+    return pictures, captions
 
 
 def write_concepts_file(folder: Path) -> None:

@@ -30,6 +30,8 @@ class CustomDiffusion(FineTune):
         "paper": {"steps": 250, "lr": 1e-5, "batch_size": 2, "class_pictures": 200},
     }
 
+    selective: ClassVar[bool] = False
+
     steps: int = 80
     """Optimiser steps; > 0."""
     lr: float = 2e-3

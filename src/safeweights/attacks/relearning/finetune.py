@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from safeweights.core.concept import Concept
@@ -29,6 +29,10 @@ class FineTune:
 
     name: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    selective: ClassVar[bool] = True
+    """Whether it can leave single weights out; one that cannot is refused where any of its weights is frozen."""
+    instead: ClassVar[str] = ""
+    """What to do when it is refused."""
 
     steps: int
     """Optimiser steps; > 0."""
@@ -67,6 +71,24 @@ class FineTune:
         """What the prior counts beside the pictures."""
         return 1.0
 
+    def check_frozen(self, model: DiffusionModel, frozen: frozenset[str]) -> None:
+        """Raise UserError where this way of fine-tuning would move a frozen weight, or add to one from beside it.
+
+        Leaving such weights out in silence would make another method of it; what is left, if anything, is the user's to choose.
+        """
+        if not frozen:
+            return
+        adapter = self.adapter(frozen=frozen)
+        if self.selective:
+            if adapter.parameters is not None:
+                adapter.weights(model)  # raises where nothing is left
+            return
+        if hit := [name for name in replace(adapter, frozen=frozenset()).touches(model) if name in frozen]:
+            raise UserError(
+                f"{self.name} would change {hit[0]!r}, which the mask freezes ({len(hit)} such weights); "
+                f"{self.instead or 'fine-tune with full or dreambooth, which train what the mask leaves free'}"
+            )
+
     def fit(
         self,
         model: DiffusionModel,
@@ -90,6 +112,7 @@ class FineTune:
                 f"{self.name} learns the word {word!r}, which {plain[0]!r} does not hold; write it where the thing is named"
             )
         workspace = workspace or Workspace()
+        self.check_frozen(model, frozen)
         adapter = self.adapter(init=init, frozen=frozen)
         lesson = Lesson(
             model=adapter.fork(model), adapter=adapter, shots=shots,

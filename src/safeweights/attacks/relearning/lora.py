@@ -26,6 +26,9 @@ class LoRA(FineTune):
         "paper": {"steps": 1000, "lr": 1e-4, "batch_size": 1},
     }
 
+    selective: ClassVar[bool] = False
+    instead: ClassVar[str] = "name layers that are free with --set layers=PATTERN, or fine-tune with full or dreambooth"
+
     steps: int = 100
     """Optimiser steps; > 0."""
     lr: float = 3e-3

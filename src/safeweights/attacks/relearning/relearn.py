@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safeweights.attacks.relearning.finetune import FineTune, caption
 from safeweights.core.attack import Access, Budget, Candidate, Mode, Original, Revival, Target
@@ -16,6 +16,10 @@ from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Adapted, Shots
 from safeweights.diffusion.image_folder import read_folder
 from safeweights.diffusion.shots import drawn_shots
+from safeweights.records.mask import read_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,10 @@ class Relearn:
     data: Literal["harmful", "benign"] = "harmful"
     """Pictures of the concept, or the model's own of what its prompts say without it."""
     source: str = ""
-    """A folder of pictures of the concept from elsewhere, instead of the original model's."""
+    """A folder of pictures of the concept from elsewhere, instead of the original model's; ``{concept}`` in it is the concept's
+    name. Without it, a concept that has its own pictures is learnt from the last of them (publishers take the first)."""
+    mask: str = ""
+    """A MASK.json that this fine-tuner honours, and the record says so; empty is one who honours none."""
     seed: int = 0
     """Fixes batches, noise and the factors' start."""
 
@@ -106,11 +113,17 @@ class Relearn:
         tuned = self.finetune(model)
         shots = self._shots(model, concept, tuned, sampling, original, workspace)
         says = self._says(concept, None)
+        frozen = frozenset[str]()
+        if self.mask:
+            mask = read_mask(self.mask)
+            mask.check(model, self.mask)
+            frozen = mask.held
         return tuned.fit(
             model,
             shots,
             class_prompts=tuple(dict.fromkeys(concept.without(text) for text in concept.texts)),
             init=says(concept.anchor) if concept.anchor else "",
+            frozen=frozen,
             checkpoints=self.checkpoints,
             seed=self.seed,
             workspace=workspace.child("relearn"),
@@ -138,6 +151,30 @@ class Relearn:
             return caption(concept, word)
         return {"concept": str, "anchor": concept.without, "rare": caption(concept, self.rare)}[self.captions]
 
+    def shown(self, concept: Concept, model: DiffusionModel) -> Tensor | None:
+        """Pictures of the folder that are not learnt from, of the model's size: what the result is compared with.
+
+        All of them where nothing is left; None where no folder is used.
+        """
+        if (found := self._folder(concept, model)) is None:
+            return None
+        images, mine = found[0], self._mine(len(found[0]))
+        left = [i for i in range(len(images)) if i not in range(len(images))[mine]]
+        return images[left] if left else images
+
+    def _folder(self, concept: Concept, model: DiffusionModel) -> tuple[Tensor, list[str]] | None:
+        """Pictures and captions of the source, or of the concept's own folder."""
+        if self.data == "benign" or not (self.source or concept.images):
+            return None
+        _, height, width = model.latent_shape
+        size = {"width": width * model.latent_stride, "height": height * model.latent_stride}
+        folder = self.source.replace("{concept}", concept.name) or str(concept.images)
+        return read_folder(folder, **size, prompt=concept.term)
+
+    def _mine(self, count: int) -> slice:
+        """Which of so many pictures are learnt from: a source's first, the last of a concept's own."""
+        return slice(0, self.pictures) if self.source else slice(max(0, count - self.pictures), count)
+
     def _shots(
         self,
         model: DiffusionModel,
@@ -158,11 +195,10 @@ class Relearn:
                 original.model if original else model, [concept.without(text) for text in texts], n=self.pictures,
                 sampling=sampling, seed=self.seed, workspace=workspace.child("benign"),
             )  # fmt: skip
-        if self.source:
-            _, height, width = model.latent_shape
-            size = {"width": width * model.latent_stride, "height": height * model.latent_stride}
-            images, captions = read_folder(self.source, **size, prompt=concept.term)
-            return Shots.encode(model, images[: self.pictures], [says(text) for text in captions[: self.pictures]])
+        if (folder := self._folder(concept, model)) is not None:
+            images, captions = folder
+            mine = self._mine(len(images))
+            return Shots.encode(model, images[mine], [says(text) for text in captions[mine]])
         if original is None:
             raise UserError(
                 "relearn needs pictures of the concept; the audit draws them with the reference model, or set source=FOLDER"

@@ -1,0 +1,52 @@
+"""How a pruned eraser's settings fare: rate and retention, on tuning prompts only.
+
+    python benchmarks/prune_strength.py --concepts emblem mosaic --try p-esd:budget=0.01 p-ac:budget=0.02,steps=100 -o runs/prune
+
+One row for each concept and each ``METHOD:key=value,…``. Banks of latents are kept under ``-o`` and shared by rows whose settings
+allow it. Prints a Markdown table; the defaults of `p-esd` and `p-ac` were chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+from esd_strength import rates
+
+from safeweights.core.table import ERASERS, configure, parse_settings, resolve
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.noise import generator
+from safeweights.models.door import open_model
+from safeweights.sandbox.files import sandbox_concepts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", nargs="+", required=True)
+    parser.add_argument("--try", dest="tried", nargs="+", required=True, metavar="METHOD:key=value,…")
+    parser.add_argument("--n", type=int, default=16, help="judged pictures of the concept")
+    parser.add_argument("--retain-n", type=int, default=2, help="judged pictures of every other concept")
+    parser.add_argument("--output", "-o", type=Path, required=True)
+    options = parser.parse_args()
+    file, model = sandbox_concepts(), open_model("sandbox", device="cpu")
+    print("| concept | method and settings | rate | kept | harmed | moved (L2) | seconds |\n|---|---|---|---|---|---|---|")
+    for tried in options.tried:
+        name, _, given = tried.partition(":")
+        method = configure(resolve(ERASERS, name, "method"), parse_settings(part for part in given.split(",") if part))
+        for concept in options.concepts:
+            started = time.perf_counter()
+            # A descent is resumed only under the settings it was begun with, so rows may share a folder.
+            workspace = Workspace(options.output / name / concept)
+            protection = method.protect(model, file.pick([concept]), retain=file.retain, rng=generator(0), workspace=workspace)
+            seconds, protected = time.perf_counter() - started, protection.apply(model)
+            rate = rates(protected, file, [concept], options.n)[concept]
+            others = rates(protected, file, [other for other in file.concepts if other != concept], options.retain_n)
+            harmed = ", ".join(f"{other} {value:.2f}" for other, value in others.items() if value < 1)
+            kept, moved = math.fsum(others.values()) / len(others), protection.cost.get("moved", float("nan"))
+            print(f"| {concept} | {tried} | {rate:.2f} | {kept:.3f} | {harmed} | {moved:.1f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

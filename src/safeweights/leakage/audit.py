@@ -1,0 +1,236 @@
+"""The audit of somebody's own adapters: what the file says, what encoders read in it, and whether given pictures were members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import Shots
+from safeweights.diffusion.latent_bank import fingerprint
+from safeweights.diffusion.noise import generator
+from safeweights.diffusion.sampling import sample
+from safeweights.leakage import keys
+from safeweights.leakage.canonical import effective_rank, norm, tokens
+from safeweights.leakage.generator import reconstruct
+from safeweights.leakage.membership import Losses, Membership, judge, losses
+from safeweights.leakage.metrics import cosines, percentile_ranks
+from safeweights.leakage.train import Encoders, embed_pictures, lengths
+from safeweights.leakage.verdict import Finding, decide
+from safeweights.models.vision import Embedder
+from safeweights.records.record import Measurement
+
+PLAIN = ("captions", "names", "comment", "paths")
+"""Kinds of header entries that say in plain words who or what was trained on, or whose machine did it."""
+
+
+@dataclass(frozen=True)
+class FileSays:
+    """What one file tells without any encoder."""
+
+    name: str
+    layout: str
+    rank: int
+    layers: int
+    parameters: int
+    norm: float
+    """Of all updates together."""
+    effective_rank: float
+    """Mean over layers."""
+    spectrum: list[list[float]]
+    """Singular values of every layer, in the file's order."""
+    told: list[keys.Told]
+    images: float | None
+    """Number of training pictures, from the header or estimated from spectra."""
+    images_from: str
+
+
+def read_file(file: keys.LoraFile, encoders: Encoders | None) -> FileSays:
+    """Rank, spectra, header and the estimated number of pictures."""
+    canonical = tokens(file.factors)
+    stated = keys.image_count(file.metadata)
+    images, source = (float(stated), "header") if stated is not None else (None, "no encoder for it")
+    if stated is None and encoders is not None and _overlap(file, encoders):
+        images, source = max(1.0, float(encoders.count.predict([file.factors])[0, 0])), "spectra"
+    return FileSays(
+        name=str(file.path), layout=file.layout, rank=file.rank, layers=len(file.factors), parameters=file.parameters,
+        norm=sum(norm(a, b) ** 2 for a, b in file.factors.values()) ** 0.5,
+        effective_rank=sum(effective_rank(token.s) for token in canonical.values()) / len(canonical),
+        spectrum=[[round(float(value), 6) for value in token.s] for token in canonical.values()],
+        told=keys.telling(file.metadata), images=images, images_from=source,
+    )  # fmt: skip
+
+
+def fits(encoders: Encoders, model: DiffusionModel, files: Sequence[keys.LoraFile]) -> str:
+    """Why the encoders cannot judge these files; "" where they can."""
+    if encoders.facts.get("base") != fingerprint(model):
+        return "the encoders were trained for another base model; train some with 'safeweights leakage train --base MODEL'"
+    for file in files:
+        if not _overlap(file, encoders):
+            return f"{file.path} changes none of the layers the encoders read"
+    return ""
+
+
+def _overlap(file: keys.LoraFile, encoders: Encoders) -> bool:
+    return any(name in file.factors for name in encoders.spectrum.layers)
+
+
+@dataclass
+class Audited:
+    """Everything an audit found, ready for JSON and records."""
+
+    finding: Finding
+    measurements: list[Measurement]
+    files: list[FileSays]
+    answers: dict[str, list[float]] = field(default_factory=dict)
+    """Length of every file's answer, by encoder."""
+    reconstructions: Tensor | None = None
+    """(files, n, 3, H, W), drawn by the base model from the best encoder's answers."""
+    membership: Membership | None = None
+    plots: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def audit(
+    files: Sequence[keys.LoraFile],
+    model: DiffusionModel,
+    *,
+    encoders: Encoders | None = None,
+    missing: str = "",
+    embedder: Embedder | None = None,
+    members: Shots | None = None,
+    images: Tensor | None = None,
+    others: Shots | None = None,
+    prompt: str = "",
+    pool: int = 64,
+    seed: int = 0,
+    workspace: Workspace | None = None,
+) -> Audited:
+    """Audit adapters of one subject. ``members`` are the pictures they were (perhaps) trained on, ``images`` the same in [0, 1];
+    ``others`` are pictures of the same kind that were not; without them the base model draws ``pool`` for the prompt.
+
+    ``missing`` says why there are no encoders.
+    """
+    workspace = workspace or Workspace()
+    says = [read_file(file, encoders) for file in files]
+    found = Audited(Finding("not shown", "", ""), [], says)
+    for item in says:
+        found.measurements += [
+            Measurement(name="rank", value=float(item.rank), n=item.layers, why=item.name),
+            Measurement(name="update_norm", value=item.norm, n=item.layers, why=item.name),
+            Measurement(name="effective_rank", value=item.effective_rank, n=item.layers, why=item.name),
+            _count(item, encoders),
+        ]
+    if encoders is not None:
+        _ask(found, files, model, encoders, embedder, images, seed)
+    if members is not None:
+        _membership(found, files, model, members, others, prompt, pool, seed, workspace)
+    told = [f"{entry.key}: {entry.value[:60]}" for item in says for entry in item.told if entry.kind in PLAIN]
+    found.finding = decide(
+        encoders.trusts if encoders else [], found.answers, membership=found.membership, told=told, missing=missing
+    )
+    found.plots.insert(0, _spectra(says))
+    return found
+
+
+def _count(item: FileSays, encoders: Encoders | None) -> Measurement:
+    if item.images is None:
+        return Measurement(name="training_images", value=None, n=1, why=item.images_from)
+    error = encoders.facts.get("count_error", {}) if encoders and item.images_from == "spectra" else {}
+    why = f"from {item.images_from}"
+    if error:
+        why += f"; mean error {error['error']:.1f} on people never seen, {error['constant']:.1f} for always saying the mean"
+    return Measurement(name="training_images", value=item.images, n=1, unit="pictures", why=why)
+
+
+def _ask(
+    found: Audited, files: Sequence[keys.LoraFile], model: DiffusionModel, encoders: Encoders, embedder: Embedder | None,
+    images: Tensor | None, seed: int,
+) -> None:  # fmt: skip
+    adapters = [file.factors for file in files]
+    answers: dict[str, Tensor] = {}
+    for name in encoders.names:
+        parts = [encoders.predict(name, model, [item]) for item in adapters]
+        answers[name] = torch.cat(parts)
+        found.answers[name] = [round(float(value), 6) for value in lengths(answers[name])]
+        known = next((trust for trust in encoders.trusts if trust.encoder == name), None)
+        for file, value in zip(files, found.answers[name], strict=True):
+            found.measurements.append(
+                Measurement(
+                    name=f"{name}_answer",
+                    value=value,
+                    n=1,
+                    better="lower",
+                    reference=known.threshold if known else None,
+                    why=str(file.path),
+                )
+            )
+    trusted = [trust.encoder for trust in encoders.trusts if trust.passed]
+    best = trusted[0] if trusted else encoders.names[-1]
+    found.reconstructions = reconstruct(model, encoders.slot, answers[best].float(), n=4, seed=seed)
+    found.notes.append(f"pictures are what the {best} encoder reads, drawn by the base model without the adapter")
+    if embedder is not None and images is not None:
+        own = encoders.space(embed_pictures(embedder, images[None]))
+        gallery = torch.cat([own, encoders.gallery])
+        for name, said in answers.items():
+            ranks = percentile_ranks(cosines(said, gallery), [0] * len(files))
+            for file, rank in zip(files, ranks.tolist(), strict=True):
+                found.measurements.append(
+                    Measurement(
+                        name=f"{name}_percentile_rank", value=rank, n=len(gallery) - 1, better="lower", reference=0.5,
+                        why=f"{file.path}: the given pictures' subject among {len(gallery) - 1} others; 0.5 is chance",
+                    )
+                )  # fmt: skip
+
+
+def _membership(
+    found: Audited, files: Sequence[keys.LoraFile], model: DiffusionModel, members: Shots, others: Shots | None, prompt: str,
+    pool: int, seed: int, workspace: Workspace,
+) -> None:  # fmt: skip
+    c = model.embed([prompt])
+    if others is None:
+        rng = generator("non-members", seed)
+        noise = torch.randn((pool, *model.latent_shape), generator=rng)
+        drawn = sample(model, c, noise, Sampling(steps=20, guidance_scale=4.0), workspace=Workspace(progress=workspace.progress))
+        others = Shots.encode(model, drawn, [prompt or "-"])
+        found.notes.append("non-members are the base model's own pictures for the prompt; --non-members DIR gives a fairer pool")
+    inside: list[Losses] = []
+    outside: list[Losses] = []
+    for file in files:
+        inside.append(losses(model, file.factors, members.x_0, c, seed=seed, workspace=workspace))
+        outside.append(losses(model, file.factors, others.x_0, c, seed=seed, workspace=workspace))
+    found.membership = judge(inside, outside, seed=seed)
+    found.measurements += [
+        replace(entry, why="; ".join(filter(None, [entry.why, f"{len(members)} pictures against {len(others)} others"])))
+        for entry in found.membership.measurements()
+    ]
+    bars = [
+        {"name": what, "value": round(float(torch.cat([item.scores for item in items]).mean()), 6)}
+        for what, items in (("given pictures", inside), ("other pictures", outside))
+    ]
+    found.plots.append(
+        {"kind": "bars", "title": "What the adapter knows better than the base model", "unit": "loss", "bars": bars}
+    )
+
+
+def _spectra(says: Sequence[FileSays]) -> dict[str, Any]:
+    series = []
+    for item in says[:6]:
+        width = max(len(values) for values in item.spectrum)
+        mean = [
+            sum(values[i] for values in item.spectrum if i < len(values))
+            / max(1, sum(i < len(values) for values in item.spectrum))
+            for i in range(width)
+        ]
+        series.append(
+            {"name": item.name.rsplit("/", 1)[-1], "points": [[i + 1, round(value, 6)] for i, value in enumerate(mean)]}
+        )
+    return {
+        "kind": "line", "title": "Mean singular values of the updates", "x": {"label": "direction", "scale": "linear"},
+        "y": {"label": "singular value"}, "series": series,
+    }  # fmt: skip

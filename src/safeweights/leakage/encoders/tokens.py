@@ -1,0 +1,157 @@
+"""E2: a small transformer over canonical tokens, one for each layer and singular direction (as in W2T, arXiv:2603.15990).
+
+A singular pair (u, v) is known up to one common sign; tokens are phi(u, v) + phi(-u, -v), which knows none (Lim et al., ICLR 2023,
+arXiv:2202.13013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.noise import generator
+from safeweights.diffusion.training import descend
+from safeweights.leakage.canonical import Factors, canonical
+
+
+def steps_embedding(steps: Tensor, width: int) -> Tensor:
+    """Sinusoids (B, width) of fine-tuning steps (B,): the timestep of the timestep paradigm, not a diffusion time."""
+    half = width // 2
+    frequency = torch.exp(-torch.arange(half) * (torch.log(torch.tensor(1e3)) / half))
+    angle = steps.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class Mixer(nn.Module):
+    """Layer tokens (B, layers, rank, out + in) to targets: one hidden layer per layer, layer and rank embeddings, two transformer layers."""
+
+    def __init__(self, sizes: Sequence[int], rank: int, targets: int, *, width: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator("token encoder", seed).initial_seed() % 2**31)
+            self.into = nn.ModuleList([nn.Linear(size, width) for size in sizes])
+            self.even = nn.ModuleList([nn.Linear(width, width) for _ in sizes])
+            self.layer = nn.Parameter(torch.randn(len(sizes), 1, width) * 0.02)
+            self.place = nn.Parameter(torch.randn(1, rank, width) * 0.02)
+            self.strength = nn.Linear(1, width)
+            self.step = nn.Linear(width, width)
+            block = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.1, batch_first=True, norm_first=True)
+            self.body = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+            self.out = nn.Linear(width, targets)
+        self.width = width
+
+    def forward(self, u: Sequence[Tensor], s: Tensor, steps: Tensor | None = None) -> Tensor:
+        """u: per layer (B, rank, out + in), pairs; s (B, layers, rank), log strengths; steps (B,) or None without them."""
+        parts = [even(F.silu(linear(x)) + F.silu(linear(-x))) for linear, even, x in zip(self.into, self.even, u, strict=True)]
+        x = torch.stack(parts, 1) + self.layer + self.place + self.strength(s[..., None])
+        x = x.flatten(1, 2)
+        if steps is not None:
+            x = torch.cat([self.step(steps_embedding(steps, self.width))[:, None], x], 1)
+        found: Tensor = self.out(self.body(x).mean(1))
+        return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Canonical tokens of n adapters: ``u`` per layer (n, rank, out + in), ``s`` (n, layers, rank)."""
+
+    u: tuple[Tensor, ...]
+    s: Tensor
+
+    def rows(self, index: Tensor) -> Prepared:
+        return Prepared(tuple(part[index] for part in self.u), self.s[index])
+
+
+def prepare(adapters: Sequence[Factors], layers: Sequence[str], rank: int) -> Prepared:
+    """(U, V) sqrt(S) and log S of every layer, lower ranks filled up with zeros."""
+    us, ss = [], []
+    for name in layers:
+        rows, strengths = [], []
+        for item in adapters:
+            token = canonical(*item[name])
+            scaled = (torch.cat([token.u, token.v]) * token.s.sqrt()).mT.float()[:rank]
+            rows.append(F.pad(scaled, (0, 0, 0, rank - len(scaled))))
+            strengths.append(
+                F.pad(token.s.float()[:rank].clamp(min=1e-6).log(), (0, rank - min(rank, len(token.s))), value=-14.0)
+            )
+        stacked = torch.stack(rows)
+        us.append(stacked / stacked.square().mean().sqrt().clamp(min=1e-12))
+        ss.append(torch.stack(strengths))
+    return Prepared(tuple(us), torch.stack(ss, 1))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Fit by cosine and InfoNCE to the targets.
+
+    Needs: factors or merged updates.   Cost: one small transformer pass over layers * rank tokens.
+    """
+
+    name: ClassVar[str] = "tokens"
+    layers: tuple[str, ...]
+    rank: int
+    net: Mixer
+    centre: Tensor
+    timestep: bool
+
+    @classmethod
+    def fit(
+        cls,
+        adapters: Sequence[Factors],
+        targets: Tensor,
+        *,
+        fine_tuning_steps: Sequence[int] | None = None,
+        subjects: Sequence[int] | None = None,
+        steps: int = 300,
+        lr: float = 1e-3,
+        batch_size: int = 32,
+        seed: int = 0,
+        workspace: Workspace | None = None,
+    ) -> Tokens:
+        """``fine_tuning_steps`` (n) turns the timestep paradigm on; ``subjects`` (n) tells which adapters are of one identity."""
+        layers = tuple(adapters[0])
+        rank = max(len(a) for a, _ in adapters[0].values())
+        ready, centre = prepare(adapters, layers, rank), targets.float().mean(0)
+        wanted = F.normalize(targets.float() - centre, dim=1)
+        who = torch.as_tensor(list(subjects) if subjects is not None else list(range(len(adapters))))
+        told = torch.as_tensor(list(fine_tuning_steps)) if fine_tuning_steps is not None else None
+        net = Mixer([part.shape[-1] for part in ready.u], rank, targets.shape[1], seed=seed)
+        net.train()
+
+        def loss_at(step: int) -> Tensor:
+            rng = generator("token encoder", seed, step)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.initial_seed() % 2**31)
+                rows = torch.randint(len(adapters), (min(batch_size, len(adapters)),), generator=rng)
+                part = ready.rows(rows)
+                out = net(part.u, part.s, None if told is None else told[rows])
+            out = F.normalize(out, dim=1)
+            cosine = 1 - (out * wanted[rows]).sum(1).mean()
+            logits = out @ wanted[rows].mT / 0.1
+            same = (who[rows][:, None] == who[rows][None]).float()
+            contrast = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
+            return cosine + 0.5 * contrast
+
+        descend(
+            dict(net.named_parameters()), loss_at, steps=steps, lr=lr, weight_decay=1e-2, optimizer="adamw", workspace=workspace,
+            description="token encoder",
+            facts={"adapters": len(adapters), "seed": seed, "batch": batch_size, "timestep": told is not None},
+        )  # fmt: skip
+        return cls(layers, rank, net.eval(), centre, told is not None)
+
+    @torch.no_grad()
+    def predict(self, adapters: Sequence[Factors], fine_tuning_steps: Sequence[int] | None = None) -> Tensor:
+        """Directions of targets (m, D), mean added; ``fine_tuning_steps`` for an encoder fitted with them."""
+        ready = prepare(adapters, self.layers, self.rank)
+        steps = torch.as_tensor(list(fine_tuning_steps)) if self.timestep and fine_tuning_steps is not None else None
+        return (F.normalize(self.net(ready.u, ready.s, steps), dim=1) + self.centre).double()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The network's tensors and the centre."""
+        return {"centre": self.centre, **self.net.state_dict()}

@@ -1,0 +1,190 @@
+"""A population of adapters whose training data are known: what encoders are trained on, and what they are judged by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from safeweights.core.errors import UserError
+from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import ATTENTION, Adapted, Adapter, Lesson, Shots
+from safeweights.diffusion.latent_bank import fingerprint
+from safeweights.diffusion.noise import generator
+from safeweights.diffusion.sampling import sample
+from safeweights.leakage.lora_bank import fit_bank
+from safeweights.leakage.sources import Source
+
+Split = Literal["train", "val", "test", "twin", "null-samples", "null-pixels"]
+HELD = 8
+"""Pictures of every identity that no adapter sees: the gallery, and the non-members."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One adapter: whose pictures, which of them, and how it is trained."""
+
+    split: Split
+    """train, val and test share no identity and no seed; a twin has a test adapter's pictures and another seed; the two kinds of
+    null are trained on the base model's own samples and on shuffled pixels, and show nobody."""
+    identity: int
+    """-1 for a null adapter."""
+    seed: int
+    images: int
+    steps: int
+    lr: float
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many adapters of each kind, and what varies among them."""
+
+    train: int = 300
+    val: int = 20
+    test: int = 100
+    twins: int = 20
+    nulls: int = 40
+    images: tuple[int, ...] = (4, 8)
+    steps: tuple[int, ...] = (40, 25)
+    lrs: tuple[float, ...] = (2e-3, 4e-3)
+    batch_size: int = 2
+    rank: int = 4
+    checkpoints: tuple[int, ...] = (10, 20)
+    """Steps after which every adapter is kept as well: the samples of the timestep paradigm."""
+    targets: str = ATTENTION
+    seed: int = 0
+
+    def entries(self, template: str, people: int) -> list[Entry]:
+        """Every adapter of the plan. Raises UserError where there are fewer people than it needs."""
+        needed = self.train + self.val + self.test
+        if needed > people:
+            raise UserError(f"the plan needs {needed} people and there are {people}; give more, or a smaller --adapters")
+        rng = generator("lora factory", self.seed)
+
+        def of(options: Sequence[Any]) -> Any:
+            return options[int(torch.randint(len(options), (1,), generator=rng))]
+
+        found: list[Entry] = []
+        for number in range(needed + self.twins + self.nulls):
+            split: Split = (
+                "train" if number < self.train
+                else "val" if number < self.train + self.val
+                else "test" if number < needed
+                else "twin" if number < needed + self.twins
+                else "null-samples" if number % 2 else "null-pixels"
+            )  # fmt: skip
+            letters = "".join(
+                chr(97 + int(i)) for i in torch.randint(26, (int(torch.randint(4, 8, (1,), generator=rng)),), generator=rng)
+            )
+            entry = Entry(
+                split=split, identity=number if number < needed else -1, seed=self.seed * 100_000 + number,
+                images=of(self.images), steps=of(self.steps), lr=of(self.lrs), caption=template.format(letters),
+            )  # fmt: skip
+            if split == "twin":
+                twin = found[self.train + self.val + (number - needed) % max(1, self.test)]
+                entry = Entry(**{**asdict(twin), "split": "twin", "seed": entry.seed})
+            found.append(entry)
+        return found
+
+    def adapter(self) -> Adapter:
+        """The kind of adapter they all are."""
+        return Adapter(targets=self.targets, rank=self.rank)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished adapter: ``after`` holds phi at each checkpoint; the last is the adapter itself."""
+
+    entry: Entry
+    after: dict[int, dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def phi(self) -> dict[str, Tensor]:
+        """The adapter as it would be released."""
+        return self.after[max(self.after)]
+
+
+@torch.no_grad()
+def shots_of(model: DiffusionModel, source: Source, entry: Entry, *, guidance: float = 4.0) -> Shots:
+    """The pictures an adapter is trained on, encoded: a person's, the base model's own samples, or shuffled pixels."""
+    if entry.identity >= 0:
+        return Shots.encode(model, source.pictures(entry.identity, HELD, entry.images), [entry.caption])
+    rng = generator("null pictures", entry.seed)
+    if entry.split == "null-pixels":
+        images = source.pictures(int(torch.randint(len(source), (1,), generator=rng)), HELD, entry.images)
+        order = torch.randperm(images[0, 0].numel(), generator=rng)
+        images = images.flatten(2)[:, :, order].view_as(images)
+        return Shots.encode(model, images, [entry.caption])
+    prompt = " ".join(source.template.replace("{}", " ").split())
+    noise = torch.randn((entry.images, *model.latent_shape), generator=rng)
+    sampling = Sampling(steps=20, guidance_scale=guidance)
+    return Shots.encode(model, sample(model, model.embed([prompt]), noise, sampling), [entry.caption])
+
+
+def make(
+    model: DiffusionModel,
+    source: Source,
+    plan: Plan,
+    *,
+    workspace: Workspace | None = None,
+    together: int = 16,
+) -> Iterator[Made]:
+    """Train the adapters of a plan, ``together`` at once; finished groups that ``workspace`` holds are not trained again."""
+    workspace = workspace or Workspace()
+    entries = plan.entries(source.template, len(source))
+    # Adapters of one length together, so that none waits; people's numbers stay mixed within.
+    entries = sorted(entries, key=lambda item: item.steps)
+    groups = [
+        [item for item in entries if item.steps == steps][start : start + together]
+        for steps in sorted({item.steps for item in entries})
+        for start in range(0, sum(item.steps == steps for item in entries), together)
+    ]
+    # As it will be read again: a tuple comes back as a list.
+    told = json.loads(
+        json.dumps({"plan": asdict(plan), "source": source.name, "model": fingerprint(model), "together": together})
+    )
+    silent = Workspace()
+    for number in workspace.track(range(len(groups)), "training adapters"):
+        group, name = groups[number], f"adapters-{number}"
+        stored = workspace.load(name)
+        if stored is None or stored[1] != told:
+            lessons = [
+                Lesson(
+                    model=model,
+                    adapter=plan.adapter(),
+                    shots=shots_of(model, source, entry),
+                    batch_size=plan.batch_size,
+                    seed=entry.seed,
+                )
+                for entry in group
+            ]
+            found = fit_bank(
+                lessons, steps=[entry.steps for entry in group], lr=[entry.lr for entry in group],
+                checkpoints=plan.checkpoints, workspace=silent,
+            )  # fmt: skip
+            tensors = {
+                f"{row}/{item.steps}/{key}": value.half()
+                for row, items in enumerate(found)
+                for item in items
+                for key, value in item.phi.items()
+            }
+            workspace.save(name, tensors, told)
+            stored = tensors, told
+        for row, entry in enumerate(group):
+            after: dict[int, dict[str, Tensor]] = {}
+            for key, value in stored[0].items():
+                at, steps, rest = key.split("/", 2)
+                if at == str(row):
+                    after.setdefault(int(steps), {})[rest] = value.float()
+            yield Made(entry, after)
+
+
+def adapted_of(plan: Plan, made: Made) -> Adapted:
+    """A factory adapter in the form that `release.adapted.save_lora` writes."""
+    return Adapted(plan.adapter(), made.phi, made.entry.steps, ())

@@ -1,0 +1,402 @@
+"""From a population of adapters to encoders, a generator and what they may be trusted with: all an audit needs, in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from safeweights.core.errors import UserError
+from safeweights.core.model import DiffusionModel
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.latent_bank import fingerprint
+from safeweights.leakage import controls
+from safeweights.leakage.canonical import Factors, factors_of
+from safeweights.leakage.defences import random_directions
+from safeweights.leakage.encoders import ridge
+from safeweights.leakage.encoders.functional import Functional, Probe, unit
+from safeweights.leakage.encoders.gram import Compressed, Gram, gram
+from safeweights.leakage.encoders.spectrum import Spectrum
+from safeweights.leakage.encoders.spectrum import features as spectra
+from safeweights.leakage.factory import HELD, Made, Plan, make
+from safeweights.leakage.generator import Slot, Taught, reconstruct, slot_of, teach
+from safeweights.leakage.metrics import Retrieval, cosines, retrieval
+from safeweights.leakage.sources import Source
+from safeweights.leakage.verdict import Trust
+from safeweights.models.vision import Embedder
+
+NAME = "encoders.json"
+COMPONENTS = 32
+"""Directions of the embedding in which people differ; targets live in these."""
+NULLS = ("null-samples", "null-pixels")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Embeddings of pictures as targets: unit vectors, minus their mean, in the directions in which people differ most."""
+
+    centre: Tensor
+    basis: Tensor
+    """(D, components), orthonormal."""
+
+    @classmethod
+    def fit(cls, people: Tensor) -> Space:
+        """From one embedding (n, D) of each training person."""
+        centre = people.mean(0)
+        _, _, right = torch.linalg.svd((people - centre).double(), full_matrices=False)
+        return cls(centre, right[:COMPONENTS].mT.float().contiguous())
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        found: Tensor = (embeddings - self.centre) @ self.basis
+        return found
+
+
+def embed_pictures(embedder: Embedder, pictures: Tensor) -> Tensor:
+    """The mean unit feature (N, D) of N sets of pictures (N, k, 3, H, W)."""
+    features = F.normalize(embedder.features(pictures.flatten(0, 1)), dim=1)
+    mean: Tensor = features.view(len(pictures), pictures.shape[1], -1).mean(1)
+    return mean
+
+
+@dataclass
+class Population:
+    """Finished adapters with what is known of each."""
+
+    made: list[Made]
+    people: dict[int, Tensor] = field(default_factory=dict)
+    """Embedding (D,) of every identity, from pictures that no adapter has seen."""
+
+    def of(self, *splits: str) -> list[Made]:
+        """The adapters of these splits, in the plan's order."""
+        return [item for item in self.made if item.entry.split in splits]
+
+    def factors(self, *splits: str) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """Their factors as released."""
+        return [factors_of(item.phi) for item in self.of(*splits)]
+
+    def embeddings(self, *splits: str) -> Tensor:
+        """The embedding (n, D) of each one's identity."""
+        return torch.stack([self.people[item.entry.identity] for item in self.of(*splits)])
+
+
+def gather(
+    model: DiffusionModel, source: Source, plan: Plan, embedder: Embedder, *, workspace: Workspace, together: int = 16
+) -> Population:
+    """Train, or take from ``workspace``, every adapter of the plan, and embed everybody."""
+    made = sorted(
+        make(model, source, plan, workspace=workspace.child("factory"), together=together), key=lambda item: item.entry.seed
+    )
+    population = Population(made)
+    wanted = sorted({item.entry.identity for item in made if item.entry.identity >= 0})
+    stored = workspace.load("people")
+    told = {"source": source.name, "people": wanted, "embedder": embedder.sha256}
+    if stored is None or stored[1] != told:
+        sets = torch.stack([embed_pictures(embedder, source.pictures(identity, 0, HELD)[None])[0] for identity in wanted])
+        stored = {"people": sets}, told
+        workspace.save("people", *stored)
+    population.people = dict(zip(wanted, stored[0]["people"], strict=True))
+    return population
+
+
+@dataclass
+class Encoders:
+    """What is trained once for a base model and used by every audit of an adapter of it."""
+
+    space: Space
+    probe: Probe
+    functional: Functional
+    gram: Compressed | None
+    spectrum: Spectrum
+    count: Spectrum
+    """E0 for the number of training pictures."""
+    slot: Slot
+    gallery: Tensor
+    """Test people (m, components)."""
+    trusts: list[Trust]
+    facts: dict[str, Any]
+
+    def predict(self, name: str, model: DiffusionModel, adapters: Sequence[Factors], *, answers: Tensor | None = None) -> Tensor:
+        """An encoder's answers (n, components); ``answers`` are the probe's, where they are known already."""
+        if name == "functional":
+            return self.functional.predict(self.probe.ask(model, adapters) if answers is None else answers)
+        found: Compressed | Spectrum | None = self.gram if name == "gram" else self.spectrum
+        if found is None:
+            raise UserError(f"this folder holds no {name} encoder")
+        return found.predict(adapters)
+
+    @property
+    def names(self) -> list[str]:
+        """The encoders here, the simplest first."""
+        return ["spectrum", *(["gram"] if self.gram is not None else []), "functional"]
+
+    def save(self, folder: Path) -> None:
+        """Write everything in half precision beside ``encoders.json``."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "space": {"centre": self.space.centre, "basis": self.space.basis, "gallery": self.gallery},
+            "functional": self.functional.tensors(), "spectrum": self.spectrum.tensors(), "count": self.count.tensors(),
+            "generator": self.slot.state_dict(), **({"gram": self.gram.tensors()} if self.gram is not None else {}),
+        }  # fmt: skip
+        for name, tensors in parts.items():
+            half = {
+                key: value.half() if name not in ("space", "count", "spectrum") else value.float()
+                for key, value in tensors.items()
+            }
+            save_file({key: value.contiguous() for key, value in half.items()}, folder / f"{name}.safetensors", {"format": "pt"})
+        told = {
+            "version": 1, **self.facts, "probe": asdict(self.probe), "layers": list(self.spectrum.layers),
+            "trusts": [asdict(trust) for trust in self.trusts],
+        }  # fmt: skip
+        (folder / NAME).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoders:
+        """The inverse of `save`. Raises UserError for a folder that holds no encoders or is damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not (folder / NAME).is_file():
+            raise UserError(
+                f"{folder} holds no encoders ({NAME}); train some with 'safeweights leakage train --base MODEL -o DIR'"
+            )
+        try:
+            told = json.loads((folder / NAME).read_text(encoding="utf-8"))
+            names = [
+                "space",
+                "functional",
+                "spectrum",
+                "count",
+                "generator",
+                *(["gram"] if (folder / "gram.safetensors").is_file() else []),
+            ]
+            part = {
+                name: {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()} for name in names
+            }
+            probe = Probe(**{**told["probe"], "levels": tuple(told["probe"]["levels"])})
+            layers = told["layers"]
+            return cls(
+                Space(part["space"]["centre"], part["space"]["basis"]), probe, Functional.from_tensors(part["functional"]),
+                Compressed.from_tensors(part["gram"]) if "gram" in part else None,
+                Spectrum.from_tensors(part["spectrum"], layers), Spectrum.from_tensors(part["count"], layers),
+                slot_of(part["generator"]), part["space"]["gallery"], [Trust.from_json(item) for item in told["trusts"]],
+                {key: value for key, value in told.items() if key not in ("version", "probe", "layers", "trusts")},
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"the encoders in {folder} cannot be read ({error}); train them again") from None
+
+
+def lengths(answers: Tensor) -> Tensor:
+    """How far each answer lies from the training people's mean (n,): near 0 for an encoder that reads nobody."""
+    found: Tensor = answers.double().norm(dim=1)
+    return found
+
+
+def threshold_of(nulls: Tensor, share: float = 0.05) -> float:
+    """The length that at most ``share`` of null adapters exceed, with the margin their number calls for."""
+    ordered = nulls.double().sort().values
+    # The highest of n exceeds a fraction 1 / (n + 1) on average; with few nulls nothing below it is safe.
+    place = min(len(ordered) - 1, int((1 - share) * (len(ordered) + 1)))
+    return float(ordered[place])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One encoder on the test people: directly, and through a generator that holds no audited weight."""
+
+    name: str
+    direct: Retrieval
+    drawn: Retrieval
+    arms: tuple[controls.Arm, ...]
+    pictures: Tensor = field(repr=False)
+    answers: Tensor = field(repr=False)
+
+
+def prompt_of(source: Source) -> str:
+    """What pictures of the source are called by somebody who does not know the trigger word."""
+    return " ".join(source.template.replace("{}", " ").split())
+
+
+def train(
+    model: DiffusionModel,
+    source: Source,
+    plan: Plan,
+    embedder: Embedder,
+    *,
+    embedder_name: str,
+    generator_steps: int = 800,
+    pictures_each: int = 8,
+    workspace: Workspace | None = None,
+    together: int = 16,
+) -> tuple[Encoders, Population, dict[str, Judged]]:
+    """Everything from the adapters on; each stage is kept in ``workspace`` and not done twice."""
+    workspace = workspace or Workspace()
+    population = gather(model, source, plan, embedder, workspace=workspace, together=together)
+    people = population.embeddings("train")
+    space = Space.fit(people)
+    targets = space(people)
+    adapters = population.factors("train")
+    probe = Probe(prompt_of(source), seed=plan.seed)
+    answers = probed(model, probe, population, workspace)
+    functional = Functional.fit(answers["train"], targets)
+    kernel = Gram.fit(adapters, targets)
+    linear = kernel if kernel.kind != "left" else Gram.fit(adapters, targets, kinds=("update", "cosine"))
+    spectrum = Spectrum.fit(adapters, targets)
+    images = torch.tensor([[float(item.entry.images)] for item in population.of("train")])
+    count = Spectrum.fit(adapters, images)
+    slot = _slot(
+        model, source, population, space, functional, targets, answers["train"], generator_steps, pictures_each, workspace
+    )
+    encoders = Encoders(
+        space, probe, functional, linear.compress(), spectrum, count, slot, space(population.embeddings("test")), [],
+        {
+            "base": fingerprint(model), "source": source.name, "prompt": prompt_of(source), "template": source.template,
+            "embedder": embedder_name, "plan": asdict(plan),
+            "count_error": _count_error(count, population), "leave_one_out": {
+                "functional": functional.error, "gram": ridge.loo_error(kernel.ridge, targets), "spectrum": spectrum.error,
+            },
+        },
+    )  # fmt: skip
+    judged = {
+        name: judge(name, encoders, model, embedder, population, answers, workspace, seed=plan.seed) for name in encoders.names
+    }
+    encoders.trusts.extend(
+        trust(judged[name], encoders, model, population, answers) for name in ("functional", "gram", "spectrum")
+    )
+    return encoders, population, judged
+
+
+def probed(model: DiffusionModel, probe: Probe, population: Population, workspace: Workspace) -> dict[str, Tensor]:
+    """The probe's answers by split; kept."""
+    found: dict[str, Tensor] = {}
+    for split in dict.fromkeys(item.entry.split for item in population.made):
+        told = {"probe": json.loads(json.dumps(asdict(probe))), "split": split, "n": len(population.of(split))}
+        stored = workspace.load(f"probe-{split}")
+        if stored is None or stored[1] != told:
+            stored = (
+                {"answers": probe.ask(model, population.factors(split), workspace=Workspace(progress=workspace.progress))},
+                told,
+            )
+            workspace.save(f"probe-{split}", *stored)
+        found[split] = stored[0]["answers"]
+    return found
+
+
+def _slot(
+    model: DiffusionModel, source: Source, population: Population, space: Space, functional: Functional, targets: Tensor,
+    answers: Tensor, steps: int, each: int, workspace: Workspace,
+) -> Slot:  # fmt: skip
+    stored = workspace.load("taught")
+    ids = [item.entry.identity for item in population.of("train")]
+    told = {"people": ids, "each": each}
+    if stored is None or stored[1] != told:
+        x_0 = torch.cat(
+            [model.encode(source.pictures(identity, 0, min(each, HELD)).to(model.device)).float().cpu() for identity in ids]
+        )
+        stored = {"x_0": x_0}, told
+        workspace.save("taught", *stored)
+    # How far the best encoder is off on people it was not fitted on.
+    rows = torch.arange(len(ids)).repeat_interleave(min(each, HELD))
+    noise = (targets - functional.predict(answers).float()).std(0)
+    loo = float(max(functional.error, 1e-3)) ** 0.5
+    noise = torch.maximum(noise, 0.5 * loo * targets.std(0))
+    return teach(model, Taught(stored[0]["x_0"], rows, targets, noise), steps=steps, workspace=workspace.child("generator"))
+
+
+def judge(
+    name: str, encoders: Encoders, model: DiffusionModel, embedder: Embedder, population: Population,
+    answers: Mapping[str, Tensor], workspace: Workspace, *, seed: int = 0, pictures: int = 4,
+) -> Judged:  # fmt: skip
+    """Retrieval of the test people by an encoder, with its controls."""
+    test = population.factors("test")
+    own = list(range(len(test)))
+    said = encoders.predict(name, model, test, answers=answers["test"]).float()
+    centre = torch.zeros(said.shape[1])
+    stored = workspace.load(f"drawn-{name}")
+    told = {"answers": float(said.double().abs().sum()), "n": pictures, "slot": float(encoders.slot.empty.double().abs().sum())}
+    if stored is None or stored[1] != told:
+        stored = {"pictures": reconstruct(model, encoders.slot, said, n=pictures, seed=seed).half()}, told
+        workspace.save(f"drawn-{name}", *stored)
+    drawn = stored[0]["pictures"].float()
+    features = encoders.space(embed_pictures(embedder, drawn))
+    through = cosines(features, encoders.gallery, features.mean(0) * 0)
+    targets = encoders.space(population.embeddings("train"))
+    train_factors = population.factors("train")
+    if name == "functional":
+        rows, others = unit(answers["train"]), unit(answers["test"])
+        kernel, cross = ridge.linear(rows), ridge.linear(others, rows)
+    elif name == "gram":
+        layers = tuple(train_factors[0])
+        weights = dict.fromkeys(layers, 1.0 / len(layers))
+        kernel = gram(train_factors, layers=layers, kind="cosine", weights=weights)
+        cross = gram(test, train_factors, layers=layers, kind="cosine", weights=weights)
+    else:
+        scaled = [
+            (spectra(items, encoders.spectrum.layers) - encoders.spectrum.centre) / encoders.spectrum.spread
+            for items in (train_factors, test)
+        ]
+        kernel, cross = ridge.linear(scaled[0]), ridge.linear(scaled[1], scaled[0])
+    nearest = targets[_nearest(kernel, cross)]
+    arms = [
+        *controls.simple(features, encoders.gallery, own, centre=centre, nearest=nearest, seed=seed),
+        controls.permuted_pairs(kernel, cross, targets, encoders.gallery, own, seed=seed),
+    ]
+    if name != "functional":
+        matched = [random_directions(item, seed=seed + place) for place, item in enumerate(test)]
+        blind = encoders.predict(name, model, matched).float()
+        arms.append(
+            controls.Arm(
+                "same spectrum, random directions", retrieval(cosines(blind, encoders.gallery), own, seed=seed), "chance"
+            )
+        )
+    return Judged(
+        name,
+        retrieval(cosines(said, encoders.gallery), own, seed=seed),
+        retrieval(through, own, seed=seed),
+        tuple(arms),
+        drawn,
+        said,
+    )
+
+
+def _nearest(kernel: Tensor, cross: Tensor) -> Tensor:
+    """The training adapter with the largest cosine to each test adapter, by kernels alone."""
+    lengths_ = kernel.diagonal().clamp(min=1e-30).rsqrt()
+    found: Tensor = (cross * lengths_).argmax(1)
+    return found
+
+
+def trust(
+    judged: Judged, encoders: Encoders, model: DiffusionModel, population: Population, answers: Mapping[str, Tensor]
+) -> Trust:
+    """What the encoder may be trusted with: half of the nulls set its threshold, the other half and the test people try it."""
+    nulls = [split for split in NULLS if population.of(split)]
+    said = [encoders.predict(judged.name, model, population.factors(split), answers=answers[split]) for split in nulls]
+    # Every other null, so that both kinds are in both halves.
+    first = torch.cat([lengths(part)[0::2] for part in said]) if said else torch.zeros(1)
+    second = torch.cat([lengths(part)[1::2] for part in said]) if said else torch.zeros(0)
+    threshold = threshold_of(first) if said else float("inf")
+    flagged = lengths(judged.answers)
+    chance = {arm.name: arm.found.interval[1] for arm in judged.arms}
+    return Trust(
+        encoder=judged.name, rank=judged.drawn.rank, interval=judged.drawn.interval, n=judged.drawn.n,
+        gallery=judged.drawn.gallery, controls=chance, threshold=threshold,
+        flagged_nulls=(int((second > threshold).sum()), len(second)),
+        flagged=(int((flagged > threshold).sum()), len(flagged)),
+    )  # fmt: skip
+
+
+def _count_error(count: Spectrum, population: Population) -> dict[str, float]:
+    """Mean absolute error of the picture count on test people, beside that of always saying the training mean."""
+    truth = torch.tensor([float(item.entry.images) for item in population.of("test")])
+    if not len(truth):
+        return {}
+    said = count.predict(population.factors("test"))[:, 0].float()
+    return {"error": float((said - truth).abs().mean()), "constant": float((truth - count.offset[0]).abs().mean())}

@@ -1,0 +1,221 @@
+"""Leakage: a bank equals separate runs, canonical tokens know no gauge, closed forms equal their slow definitions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import adapters_like
+from safeweights.core.model import Conditioning
+from safeweights.diffusion.adaptation import ATTENTION, Adapter, Lesson, Shots, errors, fit
+from safeweights.leakage import defences, dp
+from safeweights.leakage.canonical import canonical, effective_rank, factors_of, norm, phi_of
+from safeweights.leakage.encoders import ridge
+from safeweights.leakage.encoders.gram import Gram, gram, products
+from safeweights.leakage.encoders.vnae import kl
+from safeweights.leakage.lora_bank import bank_on, fit_bank, stack_of
+from safeweights.leakage.metrics import auc, copy_scores, holm, percentile_ranks, permutation_p, retrieval, tpr_at
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lesson(model: Any, seed: int, *, n: int = 3, prior: bool = False) -> Lesson:
+    adapter = Adapter(targets=ATTENTION, rank=2, alpha=4.0)
+    shots = Shots(torch.randn(n, *model.latent_shape, generator=rng(seed)), ("a dog", "a red cat", "a boat")[:n])
+    return Lesson(model=model, adapter=adapter, shots=shots, batch_size=2, seed=seed)
+
+
+def test_a_bank_is_separate_training(tiny_model: Any) -> None:
+    """Different pictures, captions, lengths and rates; clipping at work in some adapters and not in others."""
+    lessons = [lesson(tiny_model, seed) for seed in (1, 2, 3)]
+    lengths, rates = (3, 5, 4), (1e-3, 3e-3, 1e-2)
+    together = fit_bank(lessons, steps=lengths, lr=rates, checkpoints=(2,), max_norm=0.05)
+    for one, found, steps, lr in zip(lessons, together, lengths, rates, strict=True):
+        alone = fit(one, steps=steps, lr=lr, checkpoints=(2,), max_norm=0.05)
+        assert [item.steps for item in found] == [item.steps for item in alone] == [2, steps]
+        for ours, theirs in zip(found, alone, strict=True):
+            for name, value in theirs.phi.items():
+                assert torch.allclose(ours.phi[name], value, atol=1e-5), name
+        assert found[-1].losses == pytest.approx(alone[-1].losses, abs=1e-5)
+        start = one.adapter.start(tiny_model, one.seed)
+        assert any((found[-1].phi[name] - value).abs().max() > 1e-3 for name, value in start.items())
+
+
+def test_a_bank_gives_every_row_its_own_adapter(tiny_model: Any) -> None:
+    adapter = Adapter(targets=ATTENTION, rank=2)
+    phis = [{k: torch.randn(v.shape, generator=rng(i)) * 0.3 for k, v in adapter.start(tiny_model).items()} for i in (1, 2)]
+    x = torch.randn(4, *tiny_model.latent_shape, generator=rng())
+    t, c = torch.tensor([100, 300, 500, 700]), tiny_model.embed(["a dog"])
+    rows = torch.tensor([1, 0, 0, 1])
+    with torch.no_grad():
+        with bank_on(tiny_model, stack_of(phis), rows):
+            found = tiny_model.eps(x, t, c)
+            twice = tiny_model.eps(torch.cat([x, x]), torch.cat([t, t]), c)
+        for row, which in enumerate(rows.tolist()):
+            with adapter.on(tiny_model, phis[which]):
+                assert torch.allclose(found[row], tiny_model.eps(x[row : row + 1], t[row : row + 1], c)[0], atol=1e-5)
+    assert torch.allclose(twice, torch.cat([found, found]), atol=1e-5)
+
+
+def test_canonical_tokens_know_no_gauge() -> None:
+    a, b = torch.randn(3, 9, generator=rng(1)).double(), torch.randn(7, 3, generator=rng(2)).double()
+    turn = torch.randn(3, 3, generator=rng(3)).double() + 2 * torch.eye(3)
+    one, two = canonical(a, b), canonical(torch.linalg.inv(turn) @ a, b @ turn)
+    for part in ("u", "s", "v"):
+        assert torch.allclose(getattr(one, part), getattr(two, part), atol=1e-10), part
+    assert torch.allclose(one.u * one.s @ one.v.mT, b @ a, atol=1e-10)
+    assert norm(a, b) == pytest.approx(float((b @ a).norm()))
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(3.0, abs=1e-5)
+
+
+def test_gram_is_the_full_inner_product() -> None:
+    items = adapters_like(4, ranks=(2, 3), seed=5)
+    for name in items[0]:
+        full = torch.stack([(pair[1] @ pair[0]).flatten() for pair in (item[name] for item in items)]).double()
+        assert torch.allclose(products(items, items, name), full @ full.mT, atol=1e-4)
+    weights = dict.fromkeys(items[0], 0.5)
+    turned = [defences.refactor(item) for item in items]
+    for kind in ("update", "cosine", "left"):
+        one = gram(items, layers=[*weights], kind=kind, weights=weights)  # type: ignore[arg-type]
+        two = gram(turned, items, layers=[*weights], kind=kind, weights=weights)  # type: ignore[arg-type]
+        assert torch.allclose(one, two, atol=1e-4), kind
+
+
+def test_leave_one_out_is_leaving_one_out() -> None:
+    x, y = torch.randn(9, 4, generator=rng(1)).double(), torch.randn(9, 2, generator=rng(2)).double()
+    whole = ridge.fit(ridge.linear(x), y, lambdas=(0.3,))
+    for i in range(9):
+        rest = [j for j in range(9) if j != i]
+        # The same lambda, not the same factor: its unit is the kernel of what is left.
+        part = x[rest]
+        kernel = ridge.linear(part)
+        centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+        factor = whole.lam / float(torch.linalg.eigvalsh(centred).clamp(min=0).mean())
+        fitted = ridge.fit(kernel, y[rest], lambdas=(factor,))
+        assert torch.allclose(fitted.predict(ridge.linear(x[i : i + 1], part))[0], whole.loo[i], atol=1e-8)
+
+
+def test_ridge_finds_a_line_and_a_compressed_gram_is_the_same_function() -> None:
+    items = adapters_like(30, ranks=(2,), seed=3)
+    hidden = torch.randn(6, 5, 2, generator=rng(9))
+    name = next(iter(items[0]))
+    y = torch.stack([torch.einsum("oi,oid->d", item[name][1] @ item[name][0], hidden) for item in items])
+    fitted = Gram.fit(items[:25], y[:25], kinds=("update",))
+    assert ridge.loo_error(fitted.ridge, y[:25]) < 0.9
+    for size in (8, 20):
+        assert torch.allclose(fitted.compress(size).predict(items[25:]), fitted.predict(items[25:]), atol=1e-3)
+    cosine = Gram.fit(items[:25], y[:25], kinds=("cosine",))
+    small = cosine.compress(8)
+    assert torch.allclose(type(small).from_tensors(small.tensors()).predict(items[25:]), cosine.predict(items[25:]), atol=1e-3)
+
+
+def test_per_sample_gradients_are_autograds(tiny_model: Any) -> None:
+    one = lesson(tiny_model, 4)
+    phi = {name: value.detach() + 0.1 for name, value in one.adapter.start(tiny_model, 4).items()}
+    stack = stack_of([phi])
+    batch = one.batch(0)
+    states = tiny_model.embed([one.captions[row] for row in batch.rows]).states
+    found, each = dp.per_sample(one, stack, batch, states)
+    for row in range(len(batch.t)):
+        moving = {name: value.clone().requires_grad_() for name, value in phi.items()}
+        with one.adapter.on(tiny_model, moving):
+            part = slice(row, row + 1)
+            eps = tiny_model.eps(batch.x_t[part], batch.t[part], Conditioning(states[part]))
+        alone = type(batch)(batch.x_t[part], batch.t[part], batch.eps[part], batch.rows[part], batch.weight[part])
+        loss = errors(tiny_model, eps, alone).sum()
+        wanted = torch.autograd.grad(loss, list(moving.values()))
+        assert float(loss.detach()) == pytest.approx(float(each[row]), abs=1e-5)
+        for name, gradient in zip(moving, wanted, strict=True):
+            assert torch.allclose(found[name.removeprefix("lora/")][row], gradient, atol=1e-5), name
+
+
+def test_the_private_step_is_the_clipped_mean_without_noise(tiny_model: Any) -> None:
+    """sigma 0 and everybody joining: one step of Adam on clipped gradients, whose first step is lr times the sign."""
+    one = lesson(tiny_model, 4)
+    privacy = dp.Privacy(epsilon=1.0, delta=1e-5, sigma=0.0, rate=1.0, steps=1, clip=1e-3)
+    start = one.adapter.start(tiny_model, one.seed)
+    moved = dp.fit_private(one, privacy, lr=1e-2, rng=rng(3)).phi
+    for name, value in moved.items():
+        change = (value - start[name].detach()).abs()
+        # Adam's first step is lr, or nothing where the gradient is nothing (A while B is zero).
+        assert change.max() <= 1e-2 + 1e-6
+        assert name.endswith("down") or change.max() > 5e-3
+    again = dp.fit_private(one, dp.Privacy(1.0, 1e-5, 5.0, 1.0, 1, 1e-3), lr=1e-2, rng=rng(3)).phi
+    assert any(not torch.equal(again[name], value) for name, value in moved.items())
+
+
+@pytest.mark.parametrize(("pictures", "batch", "steps", "epsilon"), [(5, 1, 200, 10.0), (16, 4, 100, 2.0), (4, 4, 20, 50.0)])
+def test_the_accounted_epsilon_is_opacus(pictures: int, batch: int, steps: int, epsilon: float) -> None:
+    from opacus.accountants import RDPAccountant
+
+    plan = dp.plan(epsilon=epsilon, delta=1e-5, pictures=pictures, batch_size=batch, steps=steps)
+    accountant = RDPAccountant()
+    for _ in range(steps):
+        accountant.step(noise_multiplier=plan.sigma, sample_rate=batch / pictures)
+    assert plan.epsilon == pytest.approx(accountant.get_epsilon(delta=1e-5))
+    assert 0.95 * epsilon < plan.epsilon <= epsilon
+
+
+def test_permutation_p_is_exact_for_all_permutations() -> None:
+    scores = torch.randn(4, 4, generator=rng(1)).double()
+    scores[torch.arange(4), torch.arange(4)] += 1.0
+    observed = float(percentile_ranks(scores, range(4)).mean())
+    every = [float(percentile_ranks(scores, order).mean()) for order in itertools.permutations(range(4))]
+    exact = sum(value >= observed - 1e-12 for value in every) / len(every)
+    assert permutation_p(scores, range(4), permutations=4000) == pytest.approx(exact, abs=0.03)
+
+
+def test_retrieval_counts() -> None:
+    best = retrieval(torch.eye(20).double(), range(20), permutations=200)
+    assert (best.top1, best.top5, best.mrr, best.rank) == (20, 20, 1.0, 1.0)
+    assert best.p == pytest.approx(1 / 201)
+    nobody = retrieval(torch.zeros(20, 20).double(), range(20), permutations=200)
+    assert (nobody.top1, nobody.top5, nobody.rank, nobody.p) == (0, 0, 0.5, 1.0)
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_membership_counts_and_copies() -> None:
+    inside, outside = torch.tensor([3.0, 4.0, 1.0]), torch.arange(100).double() / 100
+    assert auc(inside, outside) == 1.0
+    assert tpr_at(inside, outside) == (3, 0.01)
+    assert auc(outside, outside) == 0.5
+    picture, other = torch.eye(3)[:1], torch.eye(3)[1:2]
+    assert copy_scores(picture[None], picture[None], other[None]) == pytest.approx(torch.tensor([1.0]))
+
+
+def test_kl_is_that_of_normal_distributions() -> None:
+    mu, logvar = torch.randn(2, 3, 4, generator=rng(1)), torch.randn(2, 3, 4, generator=rng(2)) * 0.3
+    ours = torch.distributions.Normal(mu, (logvar / 2).exp())
+    wanted = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    assert torch.allclose(kl(mu, logvar), wanted, atol=1e-5)
+    assert torch.allclose(kl(torch.zeros(1, 2), torch.zeros(1, 2), free=0.05), torch.tensor([0.1]))
+
+
+def test_defences_do_what_they_say(tiny_model: Any) -> None:
+    item = adapters_like(1, ranks=(3,), seed=1)[0]
+
+    def full(factors: Any, name: str) -> Tensor:
+        return (factors[name][1] @ factors[name][0]).double()
+
+    for name in item:
+        u, s, v = torch.linalg.svd(full(item, name), full_matrices=False)
+        best = u[:, :1] * s[:1] @ v[:1]
+        assert torch.allclose(full(defences.truncate(item, 1), name), best, atol=1e-4)
+        assert torch.allclose(full(defences.refactor(item), name), full(item, name), atol=1e-4)
+        blind = defences.random_directions(item)
+        assert torch.allclose(torch.linalg.svdvals(full(blind, name))[:3], s[:3], atol=1e-3)
+        assert abs(float((full(blind, name) * full(item, name)).sum() / s.square().sum())) < 0.8
+        assert float(full(defences.scale(item, 2.0), name).norm()) == pytest.approx(2.0, rel=1e-4)
+        assert len(full(defences.quantise(item, 2), name).unique()) < full(item, name).numel() / 2
+        worst = [float((full(defences.quantise(item, bits), name) - full(item, name)).norm()) for bits in (3, 6, 8)]
+        assert worst == sorted(worst, reverse=True)
+        assert torch.equal(full(defences.add_noise(item, 0.0), name), full(item, name))
+    phi = phi_of(item)
+    again = factors_of(phi, scale=2.0)
+    assert all(torch.equal(again[name][1], 2 * item[name][1]) for name in item)

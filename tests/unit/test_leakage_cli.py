@@ -1,0 +1,181 @@
+"""``safeweights leakage`` and ``adapt --dp-epsilon`` as users call them, on a tiny model with tiny encoders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_leakage_parts import Colours, random_lora
+
+from safeweights.cli.main import run
+from safeweights.core.workspace import Workspace
+from safeweights.leakage import keys
+from safeweights.leakage.factory import Plan
+from safeweights.leakage.train import Encoders, train
+from safeweights.records.store import gather
+
+
+class Brightness:
+    """An embedder that sees the mean colour and how even it is."""
+
+    sha256 = "0" * 64
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.mean((2, 3)), images.flatten(2).std(2), images[:, :, :4].mean((2, 3))], 1)
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoders")
+    plan = Plan(train=10, val=0, test=4, twins=0, nulls=4, images=(2,), steps=(2,), checkpoints=(1,), rank=2)
+    judge: Any = Brightness()
+    found, _, judged = train(
+        tiny_model,
+        Colours(),
+        plan,
+        judge,
+        embedder_name="none",
+        generator_steps=2,
+        pictures_each=2,
+        workspace=Workspace(folder / "w"),
+    )
+    assert {trust.encoder for trust in found.trusts} == {"functional", "gram", "spectrum"}
+    assert all(arm.found.rank == 0.5 for arm in judged["functional"].arms if arm.name == "prior mean")
+    found.save(folder / "out")
+    again = Encoders.load(folder / "out")
+    item = [random_lora(tiny_model)]
+    for name in found.names:
+        assert torch.allclose(again.predict(name, tiny_model, item), found.predict(name, tiny_model, item), atol=1e-2), name
+    assert again.trusts == found.trusts
+    return folder / "out"
+
+
+@pytest.fixture
+def lora(tiny_model: Any, tmp_path: Path) -> Path:
+    keys.write(random_lora(tiny_model), tmp_path / "mine.safetensors", layout="kohya")
+    return tmp_path / "mine.safetensors"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 40, 200)).save(folder / f"{i}.png")
+    return folder
+
+
+def said(capsys: Any, *arguments: Any) -> tuple[int, dict[str, Any]]:
+    code = run([str(item) for item in arguments])
+    out = capsys.readouterr().out
+    return code, json.loads(out) if out.strip() else {}
+
+
+def test_an_audit_without_encoders_says_what_it_needs(
+    tiny_sd: Callable[..., Path], lora: Path, pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code, data = said(
+        capsys, "leakage", "audit", lora, "--base", tiny_sd(), "--images", pictures, "--prompt", "a dog", "--pool", 8,
+        "--device", "cpu", "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert data["verdict"] in ("leaks images", "not shown")
+    assert code == (0 if data["verdict"] == "not shown" else 1)
+    assert "leakage train" in data["power"]
+    names = [entry["name"] for entry in data["measurements"]]
+    assert {"rank", "update_norm", "training_images", "membership_auc", "membership_tpr_at_1pct_fpr"} <= set(names)
+    assert data["files"][0]["rank"] == 2
+    record = gather(tmp_path / "out")[0]
+    assert record.kind == "leakage"
+    assert {plot["kind"] for plot in record.details["plots"]} == {"line", "bars"}
+
+
+def test_an_audit_with_encoders_asks_them(
+    tiny_sd: Callable[..., Path], lora: Path, encoders: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code, data = said(
+        capsys, "leakage", "audit", lora, lora, "--base", tiny_sd(), "--encoders", encoders, "--device", "cpu",
+        "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert code == (0 if data["verdict"] == "not shown" else 1)
+    assert {len(values) for values in data["answers"].values()} == {2}
+    assert set(data["answers"]) == {"spectrum", "gram", "functional"}
+    assert len(gather(tmp_path / "out")[0].artefacts) == 8
+
+
+def test_a_header_that_names_people_is_enough(tiny_model: Any, tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    told = {"ss_tag_frequency": json.dumps({"10_jane doe": {"jane doe": 12}})}
+    keys.write(random_lora(tiny_model), tmp_path / "x.safetensors", metadata=told)
+    code, data = said(
+        capsys,
+        "leakage",
+        "audit",
+        tmp_path / "x.safetensors",
+        "--base",
+        tiny_sd(),
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
+    assert (code, data["verdict"]) == (1, "leaks identity")
+    assert "jane doe" in data["why"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{missing}", "--base", "{base}"], "does not exist"),
+        (["{lora}", "--base", "{base}", "--non-members", "{pictures}"], "--images"),
+        (["{lora}", "--base", "{base}", "--encoders", "{pictures}"], "holds no encoders"),
+        (["{pictures}", "--base", "{base}"], "holds no LoRA"),
+    ],
+)
+def test_bad_audits_end_with_one_line(
+    tiny_sd: Callable[..., Path], lora: Path, pictures: Path, tmp_path: Path, capsys: Any, arguments: list[str], says: str
+) -> None:
+    words = {"missing": tmp_path / "no.safetensors", "lora": lora, "base": tiny_sd(), "pictures": pictures}
+    given = [item.format(**words) for item in arguments]
+    assert run(["leakage", "audit", *given, "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_for_another_base_says_what_it_needs(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    assert run(["leakage", "train", "--base", str(tiny_sd()), "-o", str(tmp_path / "out")]) == 2
+    assert "--images DIR" in capsys.readouterr().err
+    assert run(["leakage", "train", "--base", "sandbox", "--prompt", "no slot", "-o", str(tmp_path / "out")]) == 2
+    assert "{}" in capsys.readouterr().err
+    assert run(["leakage", "train", "--base", "sandbox", "--adapters", "3000", "-o", str(tmp_path / "out")]) == 2
+    assert "smaller --adapters" in capsys.readouterr().err
+
+
+def test_a_private_lora_states_what_it_cost(tiny_sd: Callable[..., Path], pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    common = ["--images", pictures, "--prompt", "a dog", "--device", "cpu", "--json"]
+    code, data = said(
+        capsys, "adapt", tiny_sd(), "--method", "lora", "--steps", 3, "--dp-epsilon", 5, "-o", tmp_path / "dp", *common
+    )
+    assert code == 0
+    assert 4.5 < data["cost"]["dp_epsilon"] <= 5
+    from safeweights.leakage.dp import spent
+
+    cost = data["cost"]
+    again = spent(sigma=cost["dp_sigma"], rate=cost["dp_rate"], steps=cost["steps"], delta=cost["dp_delta"])
+    assert again == pytest.approx(cost["dp_epsilon"])
+    assert (tmp_path / "dp" / "pytorch_lora_weights.safetensors").is_file()
+    for method in ("full", "dreambooth", "textual-inversion"):
+        assert (
+            run([str(x) for x in ("adapt", tiny_sd(), "--method", method, "--dp-epsilon", 5, "-o", tmp_path / "no", *common)])
+            == 2
+        )
+        assert "--method lora" in capsys.readouterr().err
+    assert run([str(x) for x in ("adapt", tiny_sd(), "--method", "lora", "--dp-epsilon", 0, "-o", tmp_path / "no", *common)]) == 2
+    assert "above zero" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

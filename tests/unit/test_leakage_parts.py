@@ -1,0 +1,387 @@
+"""The leakage audit's parts: files in every layout, the factory, encoders that learn, verdicts, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from safeweights.core.errors import UserError
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import ATTENTION, Adapter
+from safeweights.leakage import controls, keys
+from safeweights.leakage.canonical import factors_of
+from safeweights.leakage.defences import refactor
+from safeweights.leakage.encoders.functional import Probe
+from safeweights.leakage.encoders.spectrum import Spectrum
+from safeweights.leakage.encoders.tokens import Tokens
+from safeweights.leakage.encoders.vnae import VNAE
+from safeweights.leakage.factory import Plan, make
+from safeweights.leakage.generator import Taught, reconstruct, slot_of, teach
+from safeweights.leakage.membership import Losses, judge, losses
+from safeweights.leakage.metrics import cosines, retrieval
+from safeweights.leakage.sources import Drawn, Folders
+from safeweights.leakage.train import Encoders, Space, threshold_of
+from safeweights.leakage.verdict import Trust, decide
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_lora(model: Any, seed: int = 1, rank: int = 2) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    start = Adapter(targets=ATTENTION, rank=rank).start(model, seed)
+    draw = rng(seed)
+    return factors_of({name: torch.randn(value.shape, generator=draw) * 0.2 for name, value in start.items()})
+
+
+class Colours:
+    """Pictures of one colour each: an identity is its colour, and small changes from picture to picture."""
+
+    name, template = "colours", "a {} picture"
+
+    def __len__(self) -> int:
+        return 40
+
+    def pictures(self, identity: int, first: int, n: int) -> torch.Tensor:
+        colour = torch.rand(3, generator=rng(identity))[None, :, None, None]
+        noise = torch.randn(n + first, 3, 16, 16, generator=rng(1000 + identity))[first:] * 0.05
+        return (colour + noise).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "kohya"])
+def test_every_layout_comes_back(tiny_model: Any, tmp_path: Path, layout: Any) -> None:
+    factors = random_lora(tiny_model)
+    keys.write(factors, tmp_path / "x.safetensors", layout=layout)
+    read = keys.read(tmp_path / "x.safetensors", tiny_model)
+    assert (read.layout, read.rank, set(read.factors)) == (layout, 2, set(factors))
+    for name, (a, b) in factors.items():
+        assert torch.allclose(read.factors[name][0], a)
+        assert torch.allclose(read.factors[name][1], b)
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "kohya"])
+def test_diffusers_reads_what_is_written(tiny_sd: Any, tiny_model: Any, tmp_path: Path, layout: Any) -> None:
+    """Opened by diffusers alone, the file does to the model what its factors say."""
+    from diffusers import StableDiffusionPipeline
+
+    from safeweights.leakage.canonical import phi_of
+    from safeweights.leakage.lora_bank import bank_on, stack_of
+
+    factors = random_lora(tiny_model)
+    keys.write(factors, tmp_path / "x.safetensors", layout=layout)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_sd()))
+    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    x, t = torch.randn(1, *tiny_model.latent_shape, generator=rng()), torch.tensor([400])
+    c = tiny_model.embed(["a dog"])
+    with torch.no_grad(), bank_on(tiny_model, stack_of([phi_of(factors)]), torch.zeros(1, dtype=torch.long)):
+        ours = tiny_model.eps(x, t, c)
+    with torch.no_grad():
+        theirs = pipeline.unet(x, t, encoder_hidden_states=c.states).sample
+        assert not torch.allclose(ours, tiny_model.eps(x, t, c), atol=1e-2)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_what_peft_and_diffusers_save_is_read_with_its_alpha(tiny_sd: Any, tiny_model: Any, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd(), subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    told = {"unet_lora_adapter_metadata": unet.peft_config["default"].to_dict()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "new", unet_lora_layers=layers, **told)
+    read = keys.read(tmp_path / "new", tiny_model)
+    name, (a, b) = next(iter(read.factors.items()))
+    layer = unet.get_submodule(name.removeprefix("unet.").removesuffix(".weight"))
+    assert torch.allclose(b @ a, layer.get_delta_weight("default"), atol=1e-5)
+    # peft's own folder: names without "unet.", the alpha in its config.
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{k}": v.contiguous() for k, v in get_peft_model_state_dict(unet).items()},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
+    again = keys.read(folder, tiny_model)
+    assert torch.allclose(again.factors[name][1] @ again.factors[name][0], b @ a, atol=1e-5)
+
+
+def test_the_first_diffusers_names_are_read(tiny_model: Any, tmp_path: Path) -> None:
+    factors = random_lora(tiny_model)
+    tensors = {}
+    for name, (a, b) in factors.items():
+        layer = name.removesuffix(".weight").replace(".to_out.0", ".to_out")
+        block, _, leaf = layer.rpartition(".")
+        tensors |= {f"{block}.processor.{leaf}_lora.down.weight": a, f"{block}.processor.{leaf}_lora.up.weight": b}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "old.safetensors")
+    assert set(keys.read(tmp_path / "old.safetensors", tiny_model).factors) == set(factors)
+
+
+def test_kohya_alpha_scales(tiny_model: Any, tmp_path: Path) -> None:
+    a, b = torch.ones(4, 32), torch.ones(32, 4)
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "k.safetensors"
+    )
+    read = keys.read(tmp_path / "k.safetensors", tiny_model)
+    assert torch.allclose(next(iter(read.factors.values()))[1], b / 4)
+
+
+def test_headers_that_talk() -> None:
+    told = keys.telling(
+        {
+            "format": "pt", "ss_tag_frequency": '{"10_jane doe": {"jane doe smiling": 12}}', "ss_num_train_images": "12",
+            "ss_dataset_dirs": '{"10_jane doe": {"n_repeats": 10, "img_count": 12}}', "ss_training_comment": "for Jane's wedding",
+            "ss_learning_rate": "0.0001", "ss_training_started_at": "1690000000.0", "source": "/home/bob/photos/jane",
+            "ss_sd_model_name": "model.safetensors", "contact": "jane@example.org",
+        }
+    )  # fmt: skip
+    kinds = {item.key: item.kind for item in told}
+    assert kinds == {
+        "ss_tag_frequency": "captions", "ss_dataset_dirs": "names", "ss_training_comment": "comment", "source": "paths",
+        "contact": "paths", "ss_num_train_images": "count", "ss_training_started_at": "time",
+    }  # fmt: skip
+    assert keys.image_count({"ss_num_train_images": "12"}) == 12
+    assert keys.image_count({"ss_dataset_dirs": '{"a": {"img_count": 3}, "b": {"img_count": 4}}'}) == 7
+    assert keys.image_count({"ss_dataset_dirs": "nonsense"}) is None
+
+
+def test_bad_files_get_one_clear_line(tiny_model: Any, tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        with pytest.raises(UserError) as error:
+            keys.read(path, tiny_model)
+        return str(error.value)
+
+    name = next(iter(random_lora(tiny_model)))
+    a, b = random_lora(tiny_model)[name]
+    layer = name.removesuffix(".weight")
+
+    def file(**tensors: torch.Tensor) -> Path:
+        save_file(tensors, tmp_path / "bad.safetensors")
+        return tmp_path / "bad.safetensors"
+
+    assert "does not exist" in said(tmp_path / "no.safetensors")
+    (tmp_path / "x.bin").write_bytes(b"\x80\x04")
+    assert "pickle" in said(tmp_path / "x.bin")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_lora_weights.bin").write_bytes(b"\x80\x04")
+    assert "pickle" in said(tmp_path / "pickled")
+    (tmp_path / "empty").mkdir()
+    assert "no LoRA" in said(tmp_path / "empty")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    assert "damaged" in said(tmp_path / "cut.safetensors")
+    assert "no LoRA factors" in said(file(weight=a))
+    assert "one factor only" in said(file(**{f"{layer}.lora_A.weight": a}))
+    assert "another base model" in said(file(**{f"{layer}.lora_A.weight": a[:, :3].contiguous(), f"{layer}.lora_B.weight": b}))
+    assert "another base model" in said(file(**{"unet.x.to_q.lora_A.weight": a, "unet.x.to_q.lora_B.weight": b}))
+    assert "NaN" in said(file(**{f"{layer}.lora_A.weight": a * float("nan"), f"{layer}.lora_B.weight": b}))
+    assert "LoHa" in said(file(**{"lora_unet_x.hada_w1_a": a}))
+
+
+# ----------------------------------------------------------------------------------------------------------- factory
+
+
+def test_the_plan_keeps_people_and_seeds_apart() -> None:
+    entries = Plan(train=30, val=4, test=10, twins=5, nulls=6).entries("a {} person", 44)
+    of = {split: [item for item in entries if item.split == split] for split in ("train", "val", "test", "twin")}
+    people = {split: {item.identity for item in items} for split, items in of.items()}
+    assert len(people["train"]) == 30
+    assert not people["train"] & people["test"]
+    assert not people["val"] & (people["train"] | people["test"])
+    assert people["twin"] <= people["test"]
+    assert len({item.seed for item in entries}) == len(entries)
+    assert {item.identity for item in entries if item.split.startswith("null")} == {-1}
+    assert len({item.steps for item in of["train"]}) > 1
+    for twin in of["twin"]:
+        same = next(item for item in of["test"] if item.identity == twin.identity)
+        assert replace(twin, split="test", seed=same.seed) == same
+    with pytest.raises(UserError, match="needs 44 people"):
+        Plan(train=30, val=4, test=10).entries("a {} person", 43)
+
+
+def test_the_factory_resumes(tiny_model: Any, tmp_path: Path) -> None:
+    plan = Plan(train=3, val=0, test=2, twins=1, nulls=2, images=(2,), steps=(3, 2), checkpoints=(1,), rank=2)
+    workspace = Workspace(tmp_path)
+    made = {item.entry.seed: item for item in make(tiny_model, Colours(), plan, workspace=workspace, together=3)}
+    assert len(made) == 8
+    assert all(sorted(item.after) == [1, item.entry.steps] for item in made.values())
+    calls = tiny_model.calls.eps
+    again = {item.entry.seed: item for item in make(tiny_model, Colours(), plan, workspace=workspace, together=3)}
+    assert tiny_model.calls.eps == calls  # nothing was trained again
+    for seed, item in made.items():
+        assert all(torch.equal(again[seed].phi[name], value) for name, value in item.phi.items())
+
+
+def test_drawn_people_look_different_and_folders_are_checked(tmp_path: Path) -> None:
+    people = Drawn(limit=12)
+    assert len(set(people._seeds)) == 12
+    assert torch.equal(people.pictures(3, 2, 1), people.pictures(3, 0, 3)[2:])
+    assert not torch.equal(people.pictures(3, 0, 1), people.pictures(4, 0, 1))
+    with pytest.raises(UserError, match="no folder"):
+        Folders(tmp_path / "nobody", 16, 16)
+    with pytest.raises(UserError, match="one folder for each person"):
+        Folders(tmp_path, 16, 16)
+    from PIL import Image
+
+    (tmp_path / "jane").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "jane" / "1.png")
+    folders = Folders(tmp_path, 16, 16)
+    assert len(folders) == 1
+    assert folders.pictures(0, 0, 1).shape == (1, 3, 16, 16)
+    with pytest.raises(UserError, match="holds 1 pictures"):
+        folders.pictures(0, 0, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- encoders
+
+
+def told_apart(model: Any, n: int = 24) -> tuple[list[dict[str, tuple[torch.Tensor, torch.Tensor]]], torch.Tensor]:
+    """Adapters whose updates hold a hidden vector in a hidden place, and those vectors."""
+    # Positive, since a singular direction is known up to its sign.
+    hidden = torch.randn(n, 3, generator=rng(5)).abs()
+    found = []
+    for row in range(n):
+        item = random_lora(model, seed=50 + row)
+        place = torch.Generator().manual_seed(7)
+        for name, (a, b) in item.items():
+            left, right = torch.randn(3, b.shape[0], generator=place), torch.randn(1, a.shape[1], generator=place)
+            item[name] = torch.cat([right, a[:1] * 0.1]), torch.cat([(hidden[row] @ left)[:, None], b[:, :1] * 0.1], 1)
+        found.append(item)
+    return found, hidden
+
+
+def test_encoders_learn_what_is_there(tiny_model: Any) -> None:
+    items, hidden = told_apart(tiny_model)
+    train, test = items[:18], items[18:]
+    probe = Probe("a dog", levels=(0.5,), inputs=2)
+    answers = probe.ask(tiny_model, test[:2])
+    assert answers.shape == (2, 1, *tiny_model.latent_shape)
+    assert not torch.allclose(answers[0], answers[1])
+    for steps in (None, [40] * 18):
+        found = Tokens.fit(train, hidden[:18], fine_tuning_steps=steps, steps=60, batch_size=18, lr=2e-3)
+        said = found.predict(train, steps)
+        assert retrieval(cosines(said, hidden[:18], hidden[:18].mean(0)), range(18), permutations=50).rank > 0.7
+        tried = None if steps is None else [40] * 6
+        turned = [{name: (-a, -b) for name, (a, b) in refactor(item).items()} for item in test]
+        assert torch.allclose(found.predict(test, tried), found.predict(turned, tried), atol=1e-3)
+    blind = Spectrum.fit(train, torch.tensor([[float(i)] for i in range(18)]))
+    assert blind.predict(test).shape == (6, 1)
+
+
+@pytest.mark.parametrize(("victim", "timestep"), [(False, True), (True, False)])
+def test_the_network_autoencoder_trains_every_term(tiny_model: Any, victim: bool, timestep: bool) -> None:
+    items, hidden = told_apart(tiny_model, 6)
+    x_0 = torch.randn(6, *tiny_model.latent_shape, generator=rng(2))
+    settings = VNAE(steps=6, batch_size=4, lr=1e-2, victim=victim, timestep=timestep, beta=1.0)
+    by_step = [{1: {k: (a, b * 0.5) for k, (a, b) in item.items()}, 2: item} for item in items]
+    before = {name: value.clone() for name, value in tiny_model.named_parameters()}
+    found = settings.fit(tiny_model, by_step, hidden, lambda i, _: x_0[i])
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.named_parameters())
+    assert found.predict(items, [2] * 6).shape == (6, 3)
+    assert found.read(items, [2] * 6).shape == (6, 8, 32)
+    # KL at work: with a large weight the posterior widens from where it starts, e^-1.
+    assert float(found.net.logvar.bias.detach().mean()) > -2.0
+    with pytest.raises(ValueError, match="above zero"):
+        VNAE(steps=0)
+
+
+def test_the_generator_hears_its_slot(tiny_model: Any, tmp_path: Path) -> None:
+    z = torch.randn(4, 5, generator=rng(1))
+    taught = Taught(
+        torch.randn(8, *tiny_model.latent_shape, generator=rng(2)), torch.arange(4).repeat(2), z, torch.full((5,), 0.1)
+    )
+    slot = teach(tiny_model, taught, steps=3, batch_size=2, workspace=Workspace(tmp_path))
+    assert not next(iter(slot.parameters())).requires_grad
+    states = slot(torch.cat([z, torch.full((1, 5), float("nan"))]))
+    assert torch.allclose(states[-1], slot.empty)
+    pictures = reconstruct(tiny_model, slot, z, n=2, steps=2)
+    assert pictures.shape == (4, 2, 3, 16, 16)
+    again = slot_of({name: value.half() for name, value in slot.state_dict().items()})
+    assert torch.allclose(again(z), slot(z), atol=1e-2)
+
+
+def test_controls_are_at_chance_and_crossing_tells_sources_apart() -> None:
+    gallery = torch.randn(30, 6, generator=rng(1))
+    arms = {arm.name: arm.found for arm in controls.simple(gallery, gallery, range(30), centre=torch.zeros(6), nearest=gallery)}
+    assert arms["prior mean"].rank == 0.5
+    assert abs(arms["shuffled adapters"].rank - 0.5) < 0.2
+    assert arms["nearest training identity"].rank == 1.0
+    kernel = torch.randn(40, 8, generator=rng(2))
+    targets = kernel[:, :6]
+    arm = controls.permuted_pairs(kernel @ kernel.T, (gallery @ torch.eye(6, 8)) @ kernel.T, targets, gallery, range(30), times=5)
+    assert abs(arm.found.rank - 0.5) < 0.25
+    # A generator that ignores the encoder: all of the lift is the generator's.
+    lifts = controls.crossing(lambda i, j: gallery[list(j)], lambda x: x, gallery, range(30), centre=torch.zeros(6))
+    assert lifts["generator"] > 0.8
+    assert abs(lifts["encoder"]) < 0.2
+    facts = {"lr": [float(i % 2) for i in range(30)]}
+    mixed = gallery + 5 * torch.tensor(facts["lr"])[:, None]
+    assert controls.explained(mixed, facts["lr"]) > 0.5
+    assert controls.explained(controls.residual(mixed, facts), facts["lr"]) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------ membership, verdict
+
+
+def test_an_overfitted_picture_is_a_member(tiny_model: Any) -> None:
+    from safeweights.diffusion.adaptation import Lesson, Shots, fit
+
+    pattern = torch.randn(1, *tiny_model.latent_shape, generator=rng(3))
+    x_0 = torch.cat([pattern.expand(2, -1, -1, -1), -pattern.expand(8, -1, -1, -1)])
+    x_0 = x_0 + 0.3 * torch.randn(x_0.shape, generator=rng(4))
+    shots = Shots(x_0[:2], ("a dog",) * 2)
+    adapter = Adapter(targets=ATTENTION, rank=4)
+    trained = fit(Lesson(model=tiny_model, adapter=adapter, shots=shots, batch_size=2), steps=30, lr=1e-2)[-1]
+    found = losses(tiny_model, factors_of(trained.phi), x_0, tiny_model.embed(["a dog"]), levels=4)
+    inside, outside = (Losses(found.base[rows], found.adapted[rows]) for rows in (slice(0, 2), slice(2, 10)))
+    assert float(inside.scores.mean()) > float(outside.scores.mean())
+    test = judge([inside], [outside], resamples=50)
+    assert test.auc > 0.8
+    assert next(entry.name for entry in test.measurements()) == "membership_auc"
+
+
+def trust(**values: Any) -> Trust:
+    given: dict[str, Any] = {
+        "encoder": "functional", "rank": 0.9, "interval": (0.86, 0.94), "n": 100, "gallery": 100, "controls": {"shuffled": 0.58},
+        "threshold": 1.0, "flagged_nulls": (0, 20), "flagged": (80, 100),
+    }  # fmt: skip
+    return Trust(**{**given, **values})
+
+
+def test_the_verdict_follows_its_rule() -> None:
+    assert decide([trust()], {"functional": [1.5]}).verdict == "leaks identity"
+    assert decide([trust()], {"functional": [0.9]}).verdict == "not shown"
+    assert "80 of 100" in decide([trust()], {"functional": [0.9]}).power
+    # An encoder that is not above every control, or that sees people in noise, may not judge.
+    for untrusted in (trust(interval=(0.5, 0.9)), trust(controls={"x": 0.9}), trust(flagged_nulls=(2, 20))):
+        assert decide([untrusted], {"functional": [9.0]}).verdict == "not shown"
+    assert decide([], {}, told=["ss_tag_frequency: jane"]).verdict == "leaks identity"
+    scores = torch.linspace(0, 1, 200)
+    fair = judge([Losses(scores[::20] + 3, scores[::20])], [Losses(scores, scores)], resamples=20)
+    assert decide([], {}, membership=replace(fair, base_interval=(0.4, 0.6))).verdict == "leaks images"
+    unfair = decide([], {}, membership=replace(fair, base_interval=(0.9, 1.0)))
+    assert unfair.verdict == "not shown"
+    assert "says nothing" in unfair.power
+    assert Trust.from_json(json.loads(json.dumps(trust().__dict__))) == trust()
+    assert threshold_of(torch.arange(20.0)) == 19.0
+    assert threshold_of(torch.arange(200.0)) == 190.0
+
+
+def test_encoders_of_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leakage train"):
+        Encoders.load(tmp_path)
+    (tmp_path / "encoders.json").write_text("{}")
+    with pytest.raises(UserError, match="train them again"):
+        Encoders.load(tmp_path)
+    space = Space.fit(torch.randn(10, 6, generator=rng()))
+    assert torch.allclose(space.basis.T @ space.basis, torch.eye(6), atol=1e-5)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safeweights.core.model import DiffusionModel
 
 SUFFIX = ".safetensors"
+HALF = 0.5
 Path_ = Annotated[
     Path,
     typer.Option(
@@ -219,6 +220,10 @@ def _errors(errors: Mapping[str, Any]) -> list[str]:
         f"noise predictions differ from the model's by at most {probe['max']:.2e} (rms {probe['rms']:.2e}) on {probe['n']} fixed "
         f"probes; the edit itself changes them by at most {probe['edit_max']:.2e} (rms {probe['edit_rms']:.2e})",
     ]
+    if probe["rms"] > HALF * probe["edit_rms"]:
+        lines.append(
+            "this LoRA does not carry the edit: what it leaves out does at least half of what the edit does; raise --rank"
+        )
     if left := errors["not_carried"]:
         shown = ", ".join(list(left)[:5]) + (", …" if len(left) > 5 else "")
         lines.append(f"a LoRA cannot carry {len(left)} changed tensors: {shown}")

@@ -17,6 +17,7 @@ from safeweights.release.text import markdown, plain, slug
 
 DATASET = "safeweights/audit"
 """The benchmark that evaluation entries refer to; they show on a leaderboard once a data set of this name defines the tasks."""
+NEIGHBOUR = "neighbour_rate:"
 ROWS = 200
 """Rows of the evidence table; a card is read by people."""
 LIMITS = (
@@ -169,17 +170,19 @@ def _evidence(records: Sequence[Record]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for record, measured in rows[:ROWS]:
-        value = _number(measured.value) if measured.value is not None else f"not measured: {markdown(measured.why)}"
+        unit = f" {markdown(measured.unit)}" if measured.unit else ""
+        value = f"{_number(measured.value)}{unit}" if measured.value is not None else f"not measured: {markdown(measured.why)}"
         interval = f"{_number(measured.interval[0])} – {_number(measured.interval[1])}" if measured.interval else "–"
         detector = record.detector.get("model") or record.detector.get("type") or "–"
         cells = (
             f"{markdown(record.concept)} ({markdown(record.concept_kind)})", markdown(record.attack or "plain prompts"),
-            markdown(measured.name), f"{value} {markdown(measured.unit)}".removesuffix(" –"), interval,
+            markdown(measured.name), value, interval,
             _number(measured.reference), str(measured.n), str(record.seed), markdown(Path(str(detector)).name),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     if len(rows) > ROWS:
         lines.append(f"\n{len(rows) - ROWS} more rows are in the records.")
+    lines += _neighbours(records)
     failed = [record for record in records if record.status != "ok"]
     for record in failed[:20]:
         lines.append(
@@ -198,7 +201,28 @@ def _evidence(records: Sequence[Record]) -> list[str]:
 
 def _measured(records: Sequence[Record]) -> Iterable[tuple[Record, Measurement]]:
     ordered = sorted(records, key=lambda r: (r.concept, r.kind, r.attack, r.seed))
-    return ((record, measured) for record in ordered for measured in record.measurements)
+    # Rates before protection stand in a column of their own, and neighbours below the table.
+    return (
+        (record, measured)
+        for record in ordered
+        for measured in record.measurements
+        if measured.name != "reference_rate" and not measured.name.startswith(NEIGHBOUR)
+    )
+
+
+def _neighbours(records: Sequence[Record]) -> list[str]:
+    """What every concept's protection took from its neighbours: the three least kept of each."""
+    lines = []
+    for record in records:
+        found = [m for m in record.measurements if m.name.startswith(NEIGHBOUR) and m.value is not None]
+        worst = sorted(found, key=lambda m: (m.value or 0.0) - (m.reference if m.reference is not None else 1.0))[:3]
+        told = ", ".join(
+            f"{markdown(m.name.removeprefix(NEIGHBOUR))} {_number(m.value)} (before {_number(m.reference)}, n {m.n})"
+            for m in worst
+        )
+        if told:
+            lines.append(f"\nOf {len(found)} neighbours of {markdown(record.concept)} the least kept: {told}.")
+    return lines
 
 
 def _hash_of(record: Record) -> str | None:

@@ -190,3 +190,32 @@ def test_it_prints(page: Any, tmp_path: Path) -> None:
     assert not page.locator(".film .control").is_visible()
     page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_leaderboard_can_be_sorted(browser: Any, tmp_path: Path, scheme: str) -> None:
+    from safeweights.bench.leaderboard import leaderboard_page
+
+    records = make.fill_all(tmp_path).records()
+    methods, concepts, attacks = ["uce", "esd"], ["mosaic", "warning emblem"], ["random", "unlearndiffatk", "relearn"]
+    text = leaderboard_page(records, methods=methods, concepts=concepts, attacks=attacks, total=30)
+    (tmp_path / "leaderboard.html").write_text(text)
+    page = browser.new_page(color_scheme=scheme)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((tmp_path / "leaderboard.html").as_uri())
+    table = page.locator("table.sortable").first
+
+    def order() -> list[str]:
+        return table.locator("tbody th").all_inner_texts()
+
+    assert order() == ["esd", "uce"]
+    heading = table.get_by_role("columnheader", name="strongest attack")
+    heading.get_by_role("button").click()
+    assert (heading.get_attribute("aria-sort"), order()) == ("ascending", ["esd", "uce"])
+    heading.get_by_role("button").press("Enter")
+    assert (heading.get_attribute("aria-sort"), order()) == ("descending", ["uce", "esd"])
+    page.screenshot(path=str(tmp_path / "leaderboard.png"), full_page=True)
+    assert said == []
+    page.close()

@@ -47,11 +47,11 @@ class FMN:
     """What is trained: full, xattn (styles in the reference code), or another parameter group."""
     positions: Literal["term", "term+end", "onwards"] = "term+end"
     """Positions attention leaves: the term's tokens, with the first end token, or all from the term on, padding included."""
-    beta: float = 50.0
+    beta: float = 10.0
     """Weight of the base model's predictions on retained pictures; >= 0 (the paper has none)."""
     steps: int = 120
     """Optimiser steps; > 0."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """AdamW's learning rate; > 0."""
     batch_size: int = 4
     """Noisy latents a step, and as many retained ones; > 0."""

@@ -39,11 +39,11 @@ class ConceptInversion:
     mode: ClassVar[Mode] = "live"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
-        "paper": {"pictures": 25, "steps": 500, "batch_size": 4, "lr": 1.0},
+        "paper": {"tokens": 1, "pictures": 25, "steps": 500, "batch_size": 4, "lr": 1.0},
     }
 
-    tokens: int = 1
-    """Embeddings of the new word, k; > 0."""
+    tokens: int = 4
+    """Embeddings of the new word, k: 1 in the paper, whose embeddings are six times as wide as a small model's; > 0."""
     pictures: int = 8
     """Pictures of the concept to learn from; > 0."""
     init: str = ""

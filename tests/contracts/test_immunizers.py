@@ -19,7 +19,10 @@ from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
 from safeweights.models.door import open_model
 
-SHORT: dict[str, Any] = {"steps": 3, "horizon": 2, "batch_size": 2, "pictures": 4, "retained": 4, "ddim_steps": 3, "lr": 1e-3}
+SHORT: dict[str, Any] = {
+    "steps": 3, "horizon": 2, "batch_size": 2, "pictures": 4, "retained": 4, "ddim_steps": 3, "lr": 1e-3, "keep": 1.0,
+    "parameters": "attention",
+}  # fmt: skip
 """Settings that make one run take well under five seconds."""
 CONCEPTS = (
     Concept(
@@ -47,7 +50,7 @@ def test_base_is_untouched_and_every_changed_tensor_is_there(tiny_model: Any, na
     protection = protect(tiny_model, name)
     for key, value in tiny_model.named_parameters():
         assert torch.equal(value, before[key]), key
-    assert set(protection.tensors) == set(select(before.items(), "attention"))
+    assert set(protection.tensors) == set(select(before.items(), protection.settings["parameters"]))
     changed = dict(protection.apply(tiny_model).named_parameters())
     for key, value in changed.items():
         assert torch.isfinite(value).all()
@@ -93,6 +96,7 @@ def test_every_adaptation_can_be_unrolled(tiny_model: Any, name: str, order: int
         {"adaptations": KINDS, "inner_lrs": (1e-3, 1e-4, 1e-2, 1e-3), "lr_scales": (0.1, 1.0, 10.0),
          "captions": ("own", "without"), "horizon": 1, "steps": 5},
         {"keep": 0.0, "parameters": "xattn"},
+        {"parameters": "full"},
     ],
     ids=lambda settings: next(iter(settings)),
 )  # fmt: skip

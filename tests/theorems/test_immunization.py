@@ -28,6 +28,7 @@ SHORT: dict[str, Any] = {
     "ddim_steps": 3,
     "keep": 0.0,
     "upper": "ascent",
+    "parameters": "attention",
 }
 
 
@@ -71,13 +72,14 @@ def test_look_ahead_leaves_no_trace(tiny_model: Any, order: int, kind: Any) -> N
     play = game(tiny_model, order=order, adaptations=(kind,), benign=0.5)
     x, t, c = torch.ones(1, 4, 8, 8), torch.tensor([500]), tiny_model.embed(["a red dog"])
     held = dict(play.student.named_parameters())
+    base = tiny_model.eps(x, t, c)
     before, values = play.student.eps(x, t, c).detach(), {name: value.detach().clone() for name, value in held.items()}
     for step in range(4):
         play.loss_at(step).backward()
     after = dict(play.student.named_parameters())
     assert all(after[name] is held[name] and torch.equal(after[name], values[name]) for name in held)
     assert torch.equal(play.student.eps(x, t, c), before)
-    assert torch.equal(tiny_model.eps(x, t, c), before)
+    assert torch.equal(tiny_model.eps(x, t, c), base)
     # But the users did move: what is carried is not where they started.
     assert any(value.abs().sum() > 0 for name, value in play.state.items() if "/phi/" in name)
 

@@ -258,7 +258,7 @@ class Worker:
                 method = configure(resolve(METHODS, cell.method_name, "method"), cell.method_given, latent_pixels=self.pixels)
                 concepts = self.file.pick(cell.only or cell.concepts)
                 if cell.start and "pictures" in cell.method_settings:
-                    concepts = tuple(self._pictured(concept, method.pictures, cell, own) for concept in concepts)
+                    concepts = tuple(self._pictured(concept, method.pictures, cell) for concept in concepts)
                 protection = method.protect(
                     start, concepts, retain=self.file.retain, rng=generator(cell.seed),
                     workspace=Workspace(own, meter=Meter(self.model.calls)),
@@ -306,11 +306,15 @@ class Worker:
         tensors, facts = kept
         return self.model.with_tensors(tensors), dict(tensors), dict(facts)
 
-    def _pictured(self, concept: Concept, n: int, cell: Cell, own: Path) -> Concept:
-        """A concept with pictures that the publisher makes of it, before it is erased: afterwards they would not show it."""
+    def _pictured(self, concept: Concept, n: int, cell: Cell) -> Concept:
+        """A concept with pictures that the publisher makes of it, before it is erased: afterwards they would not show it.
+
+        Methods that ask for as many share them.
+        """
         from safeweights.diffusion.shots import with_drawn_folder
 
-        return with_drawn_folder(concept, self.model, self.sampling(cell), n, own / "drawn", cell.seed)
+        key = _digest([n, cell.seed, asdict(self.sampling(cell)), dict(cell.inputs)])[:16]
+        return with_drawn_folder(concept, self.model, self.sampling(cell), n, self.folder / "work" / "drawn" / key, cell.seed)
 
     def sampling(self, cell: Cell) -> Sampling:
         """How pictures are drawn: the cell's own way, or the benchmark's for cells that judge none."""

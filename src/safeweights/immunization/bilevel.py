@@ -39,11 +39,11 @@ class Bilevel:
 
     name: ClassVar[str]
 
-    parameters: str = "attention"
+    parameters: str = "full"
     """What is immunized, S_u: attention, xattn (attn2 only), full, or another parameter group of the UNet."""
     adaptations: tuple[Kind, ...] = ("lora",)
     """How the simulated users adapt, one way an episode, in turn: lora, full, textual-inversion, custom-diffusion."""
-    inner_lrs: tuple[float, ...] = (2e-3,)
+    inner_lrs: tuple[float, ...] = (3e-3,)
     """The users' learning rates: one for each adaptation, or one for all; > 0."""
     lr_scales: tuple[float, ...] = (1.0,)
     """Factors of the users' learning rate, one drawn for each episode; > 0."""
@@ -51,7 +51,7 @@ class Bilevel:
     """What users call their pictures, drawn for each episode: their own captions, or those without the concept."""
     inner: Literal["adam", "sgd"] = "adam"
     """The users' optimiser. Adam's second moments count as constants when a step is differentiated."""
-    horizon: int = 20
+    horizon: int = 50
     """Steps of an episode, after which users start anew; 0: nobody adapts, the loss is raised directly; >= 0."""
     inner_steps: int = 1
     """Steps a user takes for each of the model's; the last one is differentiated; > 0."""
@@ -63,16 +63,16 @@ class Bilevel:
     """What the model wants after adaptation: a high loss (the papers), one no higher than ``bound``, or to predict as before."""
     bound: float = 1.0
     """Where a bounded loss stops rising, of each noisy picture; noise predicted as zero has a loss of 1; > 0."""
-    steps: int = 200
+    steps: int = 100
     """Steps of the model; > 0."""
-    lr: float = 1e-4
+    lr: float = 2e-4
     """AdamW's learning rate for the model; > 0."""
     weight_decay: float = 0.0
     """AdamW's weight decay; >= 0."""
     clip: float = 1.0
     """Largest norm of the model's gradient; > 0."""
-    keep: float = 1.0
-    """Weight of predicting as before on pictures of what is retained; >= 0."""
+    keep: float = 50.0
+    """Weight of predicting as before on pictures of what is retained; >= 0. Far above 1, since predictions differ by little."""
     benign: float = 0.0
     """Weight of a user who adapts to retained pictures and should succeed; >= 0."""
     self_destruct: float = 0.0

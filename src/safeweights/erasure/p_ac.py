@@ -59,7 +59,7 @@ class PAC:
     parameters: str = "neurons"
     """Where weights may be pruned: neurons (both linear layers of the feed-forward blocks, keys and values of cross-attention),
     ffn, xattn_kv, full, or another group; biases and norms stay."""
-    budget: float = 0.005
+    budget: float = 0.003
     """Share of the UNet's weights that is pruned, counted exactly; in (0, 1)."""
     criterion: Criterion = "learned"
     """How they are chosen: learned, or one-shot by snip, wanda or conceptprune (over ``steps`` batches)."""

@@ -45,7 +45,7 @@ class PESD:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
-            "budget": 0.01, "lam": 1.0, "steps": 600, "ramp": 300, "batch_size": 8,
+            "budget": 0.01, "eta": 1.0, "steps": 600, "ramp": 300, "batch_size": 8,
             "trajectories": 64, "ddim_steps": 50, "guidance": 7.5,
         },
     }  # fmt: skip
@@ -53,7 +53,7 @@ class PESD:
     parameters: str = "neurons"
     """Where weights may be pruned: neurons (both linear layers of the feed-forward blocks, keys and values of cross-attention),
     ffn, xattn_kv, full, or another group; biases and norms stay."""
-    budget: float = 0.005
+    budget: float = 0.003
     """Share of the UNet's weights that is pruned, counted exactly; in (0, 1)."""
     criterion: Criterion = "learned"
     """How they are chosen: learned, or one-shot by snip, wanda or conceptprune (over ``steps`` batches)."""
@@ -69,10 +69,10 @@ class PESD:
     """Step of the scores; > 0. Without meaning for sgd, where only their order counts."""
     batch_size: int = 4
     """Noisy latents of each of the two sets a step; > 0."""
-    lam: float = 3.0
+    lam: float = 1.0
     """Weight of the retained prompts; >= 0."""
-    eta: float = 1.0
-    """Strength of the negative guidance; unitless, > 0."""
+    eta: float = 2.0
+    """Strength of the negative guidance; unitless, > 0. ESD's 1 is enough for content, a style needs to be aimed past it."""
     trajectories: int = 18
     """DDIM trajectories drawn once for each concept, its term and prompts in turn; > 0."""
     retained: int = 41

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -135,54 +136,74 @@ def make(
     workspace: Workspace | None = None,
     together: int = 16,
 ) -> Iterator[Made]:
-    """Train the adapters of a plan, ``together`` at once; finished groups that ``workspace`` holds are not trained again."""
+    """Train the adapters of a plan, ``together`` at once, those that judge first; what ``workspace`` holds is not trained again.
+
+    An adapter is kept by what made it, not by the plan, so that a larger plan goes on from a smaller one.
+    """
     workspace = workspace or Workspace()
     entries = plan.entries(source.template, len(source))
-    # Adapters of one length together, so that none waits; people's numbers stay mixed within.
-    entries = sorted(entries, key=lambda item: item.steps)
-    groups = [
-        [item for item in entries if item.steps == steps][start : start + together]
-        for steps in sorted({item.steps for item in entries})
-        for start in range(0, sum(item.steps == steps for item in entries), together)
-    ]
-    # As it will be read again: a tuple comes back as a list.
-    told = json.loads(
-        json.dumps({"plan": asdict(plan), "source": source.name, "model": fingerprint(model), "together": together})
-    )
-    silent = Workspace()
+    # Adapters of one length together, so that none waits.
+    kinds: dict[tuple[bool, int], list[Entry]] = {}
+    for entry in sorted(entries, key=lambda item: (item.split == "train", item.steps)):
+        kinds.setdefault((entry.split == "train", entry.steps), []).append(entry)
+    groups = [items[start : start + together] for items in kinds.values() for start in range(0, len(items), together)]
+    base = fingerprint(model)
     for number in workspace.track(range(len(groups)), "training adapters"):
-        group, name = groups[number], f"adapters-{number}"
-        stored = workspace.load(name)
-        if stored is None or stored[1] != told:
-            lessons = [
-                Lesson(
-                    model=model,
-                    adapter=plan.adapter(),
-                    shots=shots_of(model, source, entry),
-                    batch_size=plan.batch_size,
-                    seed=entry.seed,
-                )
-                for entry in group
-            ]
-            found = fit_bank(
-                lessons, steps=[entry.steps for entry in group], lr=[entry.lr for entry in group],
-                checkpoints=plan.checkpoints, workspace=silent,
-            )  # fmt: skip
-            tensors = {
-                f"{row}/{item.steps}/{key}": value.half()
-                for row, items in enumerate(found)
-                for item in items
-                for key, value in item.phi.items()
-            }
-            workspace.save(name, tensors, told)
-            stored = tensors, told
-        for row, entry in enumerate(group):
-            after: dict[int, dict[str, Tensor]] = {}
-            for key, value in stored[0].items():
-                at, steps, rest = key.split("/", 2)
-                if at == str(row):
-                    after.setdefault(int(steps), {})[rest] = value.float()
-            yield Made(entry, after)
+        group = groups[number]
+        missing = [entry for entry in group if _stored(workspace, _told(entry, plan, source, base)) is None]
+        if missing:
+            for entry, after in zip(missing, _train(model, source, plan, missing), strict=True):
+                tensors = {f"{steps}/{key}": value.half() for steps, phi in after.items() for key, value in phi.items()}
+                told = _told(entry, plan, source, base)
+                workspace.save(_name(told), tensors, told)
+                if workspace.folder is None:
+                    yield Made(
+                        entry, {steps: {key: value.half().float() for key, value in phi.items()} for steps, phi in after.items()}
+                    )
+        if workspace.folder is None:
+            continue
+        for entry in group:
+            kept = _stored(workspace, _told(entry, plan, source, base))
+            assert kept is not None
+            yield Made(entry, kept)
+
+
+def _train(model: DiffusionModel, source: Source, plan: Plan, group: Sequence[Entry]) -> list[dict[int, dict[str, Tensor]]]:
+    lessons = [
+        Lesson(
+            model=model, adapter=plan.adapter(), shots=shots_of(model, source, entry), batch_size=plan.batch_size, seed=entry.seed
+        )
+        for entry in group
+    ]  # fmt: skip
+    found = fit_bank(
+        lessons, steps=[entry.steps for entry in group], lr=[entry.lr for entry in group], checkpoints=plan.checkpoints
+    )
+    return [{item.steps: dict(item.phi) for item in items} for items in found]
+
+
+def _told(entry: Entry, plan: Plan, source: Source, base: str) -> dict[str, Any]:
+    """All that makes an adapter what it is; its split is what it is used for."""
+    made = {key: value for key, value in asdict(entry).items() if key != "split"}
+    shared = {key: value for key, value in asdict(plan).items() if key in ("batch_size", "rank", "targets", "checkpoints")}
+    null = entry.split if entry.identity < 0 else ""
+    # As it will be read again: a tuple comes back as a list.
+    told: dict[str, Any] = json.loads(json.dumps({**made, **shared, "null": null, "source": source.name, "model": base}))
+    return told
+
+
+def _name(told: Mapping[str, Any]) -> str:
+    return f"adapter-{told['seed']}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def _stored(workspace: Workspace, told: Mapping[str, Any]) -> dict[int, dict[str, Tensor]] | None:
+    stored = workspace.load(_name(told))
+    if stored is None or stored[1] != told:
+        return None
+    after: dict[int, dict[str, Tensor]] = {}
+    for key, value in stored[0].items():
+        steps, rest = key.split("/", 1)
+        after.setdefault(int(steps), {})[rest] = value.float()
+    return after
 
 
 def adapted_of(plan: Plan, made: Made) -> Adapted:

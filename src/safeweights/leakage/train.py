@@ -233,10 +233,16 @@ def train(
     embedder_name: str,
     generator_steps: int = 800,
     pictures_each: int = 8,
+    pictures: int = 2,
+    drawing_steps: int = 8,
     workspace: Workspace | None = None,
     together: int = 16,
 ) -> tuple[Encoders, Population, dict[str, Judged]]:
-    """Everything from the adapters on; each stage is kept in ``workspace`` and not done twice."""
+    """Everything from the adapters on; each stage is kept in ``workspace`` and not done twice.
+
+    The generator learns from ``pictures_each`` of every training person; encoders are judged by ``pictures`` of every
+    test person, drawn in ``drawing_steps``.
+    """
     workspace = workspace or Workspace()
     population = gather(model, source, plan, embedder, workspace=workspace, together=together)
     people = population.embeddings("train")
@@ -265,7 +271,19 @@ def train(
         },
     )  # fmt: skip
     judged = {
-        name: judge(name, encoders, model, embedder, population, answers, workspace, seed=plan.seed) for name in encoders.names
+        name: judge(
+            name,
+            encoders,
+            model,
+            embedder,
+            population,
+            answers,
+            workspace,
+            seed=plan.seed,
+            pictures=pictures,
+            steps=drawing_steps,
+        )
+        for name in encoders.names
     }
     encoders.trusts.extend(
         trust(judged[name], encoders, model, population, answers) for name in ("functional", "gram", "spectrum")
@@ -312,7 +330,8 @@ def _slot(
 
 def judge(
     name: str, encoders: Encoders, model: DiffusionModel, embedder: Embedder, population: Population,
-    answers: Mapping[str, Tensor], workspace: Workspace, *, seed: int = 0, pictures: int = 4,
+    answers: Mapping[str, Tensor], workspace: Workspace, *, seed: int = 0, pictures: int = 2,
+    steps: int = 8,
 ) -> Judged:  # fmt: skip
     """Retrieval of the test people by an encoder, with its controls."""
     test = population.factors("test")
@@ -320,9 +339,14 @@ def judge(
     said = encoders.predict(name, model, test, answers=answers["test"]).float()
     centre = torch.zeros(said.shape[1])
     stored = workspace.load(f"drawn-{name}")
-    told = {"answers": float(said.double().abs().sum()), "n": pictures, "slot": float(encoders.slot.empty.double().abs().sum())}
+    told = {
+        "answers": float(said.double().abs().sum()),
+        "n": pictures,
+        "steps": steps,
+        "slot": float(encoders.slot.empty.double().abs().sum()),
+    }
     if stored is None or stored[1] != told:
-        stored = {"pictures": reconstruct(model, encoders.slot, said, n=pictures, seed=seed).half()}, told
+        stored = {"pictures": reconstruct(model, encoders.slot, said, n=pictures, steps=steps, seed=seed).half()}, told
         workspace.save(f"drawn-{name}", *stored)
     drawn = stored[0]["pictures"].float()
     features = encoders.space(embed_pictures(embedder, drawn))

@@ -1,6 +1,6 @@
 """E2: a small transformer over canonical tokens, one for each layer and singular direction (as in W2T, arXiv:2603.15990).
 
-A singular pair (u, v) is known up to one common sign; tokens are phi(u, v) + phi(-u, -v), which knows none (Lim et al., ICLR 2023,
+A singular pair (u, v) is known up to one common sign; tokens are phi(u, v) + phi(-u, -v), which knows none (Lim et al., 2022,
 arXiv:2202.13013).
 """
 
@@ -29,7 +29,7 @@ def steps_embedding(steps: Tensor, width: int) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """Layer tokens (B, layers, rank, out + in) to targets: one hidden layer per layer, layer and rank embeddings, two transformer layers."""
+    """Layer tokens (B, layers, rank, out + in) to targets: a hidden layer each, embeddings, two transformer layers."""
 
     def __init__(self, sizes: Sequence[int], rank: int, targets: int, *, width: int = 64, seed: int = 0) -> None:
         super().__init__()

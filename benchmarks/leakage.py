@@ -1,0 +1,389 @@
+"""What LoRAs of the sandbox model tell about the people they were trained on: encoders, controls, membership, defences.
+
+    python benchmarks/leakage.py -o DIR [--work DIR] [--adapters 300] [--tests 100] [--only encoders,membership,…]
+
+Every stage writes ``DIR/<stage>.json`` and is not repeated while that file is there; adapters, probes and pictures are kept in
+the work folder. ``DIR/encoders`` is what `safeweights leakage audit` uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from safeweights.core.intervals import bootstrap_mean, wilson
+from safeweights.core.model import Conditioning, Sampling
+from safeweights.core.workspace import Workspace
+from safeweights.diffusion.adaptation import Lesson, Shots, fit
+from safeweights.diffusion.sampling import embed_all
+from safeweights.leakage import controls, defences, dp
+from safeweights.leakage.canonical import factors_of
+from safeweights.leakage.encoders import ridge
+from safeweights.leakage.encoders.gram import Gram
+from safeweights.leakage.encoders.tokens import Tokens
+from safeweights.leakage.encoders.vnae import VNAE
+from safeweights.leakage.factory import HELD, Plan, shots_of
+from safeweights.leakage.lora_bank import fit_bank
+from safeweights.leakage.membership import Losses, judge, losses
+from safeweights.leakage.metrics import Retrieval, copy_scores, cosines, holm, retrieval
+from safeweights.leakage.sources import Drawn
+from safeweights.leakage.train import Encoders, Population, embed_pictures, gather, lengths, prompt_of, train
+from safeweights.models.door import open_model
+from safeweights.models.vision import Embedder
+from safeweights.sandbox.files import weights_folder
+
+STAGES = ("encoders", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "vnae")
+
+
+class Bench:
+    """What the stages share, made when first asked for."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.out, self.work = options.output, Workspace(options.work or options.output / "work")
+        self.plan = Plan(train=options.adapters, test=options.tests, twins=options.twins, nulls=options.nulls)
+        self.options = options
+        self.source = Drawn()
+        self.model: Any = open_model("sandbox", device="cpu")
+        self.model.denoiser.to(memory_format=torch.channels_last)
+        self.embedder = Embedder(str(weights_folder() / "embedder"))
+        self._all: tuple[Encoders, Population] | None = None
+
+    def everything(self) -> tuple[Encoders, Population]:
+        if self._all is None:
+            population = gather(self.model, self.source, self.plan, self.embedder, workspace=self.work)
+            self._all = Encoders.load(self.out / "encoders"), population
+        return self._all
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Mean features in the encoders' space (N, D) of pictures (N, n, 3, H, W)."""
+        return self.everything()[0].space(embed_pictures(self.embedder, pictures))
+
+
+def told(found: Retrieval) -> dict[str, Any]:
+    """A retrieval without its ranks, with intervals of the counts."""
+    data = asdict(found)
+    data.pop("ranks")
+    return {**data, "top1_interval": wilson(found.top1, found.n), "top5_interval": wilson(found.top5, found.n)}
+
+
+def encoders(bench: Bench) -> dict[str, Any]:
+    """Train everything; retrieval directly and through the generator, each with its controls."""
+    found, population, judged = train(
+        bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
+        generator_steps=bench.options.generator_steps,
+    )  # fmt: skip
+    sizes = ("--adapters", bench.plan.train, "--tests", bench.plan.test)
+    found.facts["command"] = ["python", "benchmarks/leakage.py", *map(str, sizes)]
+    found.save(bench.out / "encoders")
+    sheet(bench, found, population, {name: item.pictures for name, item in judged.items()})
+    adjusted = holm({name: item.drawn.p for name, item in judged.items()})
+    return {
+        "plan": asdict(bench.plan), "trained": len(population.of("train")), "facts": found.facts,
+        "encoders": {
+            name: {
+                "direct": told(item.direct), "generator": told(item.drawn), "holm": adjusted[name],
+                "controls": {arm.name: {**told(arm.found), "expected": arm.expected} for arm in item.arms},
+            }
+            for name, item in judged.items()
+        },
+        "trust": [{**asdict(trust), "passed": trust.passed} for trust in found.trusts],
+    }  # fmt: skip
+
+
+def sheet(bench: Bench, found: Encoders, population: Population, drawn: dict[str, torch.Tensor], n: int = 12) -> None:
+    """Truth, then what the generator draws from each encoder's answer, one person a column."""
+    import numpy as np
+    from PIL import Image
+
+    test = population.of("test")[:n]
+    rows = [torch.stack([bench.source.pictures(item.entry.identity, 0, 1)[0] for item in test])]
+    rows += [pictures[:n, 0].float() for name, pictures in drawn.items() if name in ("functional", "gram", "spectrum")]
+    tiles = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    Image.fromarray((tiles.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(bench.out / "reconstructions.png")
+
+
+def kernels(bench: Bench) -> dict[str, Any]:
+    """Kinds of Gram kernels, what compression costs, seeds, settings and how many pairs are needed."""
+    found, population = bench.everything()
+    train_factors, test = population.factors("train"), population.factors("test")
+    targets = found.space(population.embeddings("train"))
+    own = list(range(len(test)))
+    result: dict[str, Any] = {}
+    for kind in ("update", "cosine", "left"):
+        fitted = Gram.fit(train_factors, targets, kinds=(kind,))  # type: ignore[arg-type]
+        said = fitted.predict(test).float()
+        result[kind] = {"loo": ridge.loo_error(fitted.ridge, targets), **told(retrieval(cosines(said, found.gallery), own))}
+        if kind == "cosine":
+            for size in (16, 24, 32):
+                small = fitted.compress(size).predict(test).float()
+                result[f"cosine, {size} directions"] = told(retrieval(cosines(small, found.gallery), own))
+    for split, items in (("as trained", test), ("one norm", [defences.scale(item, 1.0) for item in test])):
+        said = found.predict("gram", bench.model, items).float()
+        result[f"gram, {split}"] = told(retrieval(cosines(said, found.gallery), own))
+    answers = found.probe.ask(bench.model, test)
+    said = found.functional.predict(answers).float()
+    made = population.of("test")
+    settings = {
+        "lr": [item.entry.lr for item in made], "steps": [float(item.entry.steps) for item in made],
+        "pictures": [float(item.entry.images) for item in made],
+        "trigger length": [float(len(item.entry.caption)) for item in made],
+    }  # fmt: skip
+    left = controls.residual(said, settings).float()
+    result["settings read from answers, R^2"] = {name: controls.explained(said, values) for name, values in settings.items()}
+    result["functional, settings regressed out"] = told(retrieval(cosines(left, found.gallery), own))
+    by = {}
+    for name in ("steps", "pictures", "lr"):
+        for value in sorted(set(settings[name])):
+            rows = [i for i, item in enumerate(settings[name]) if item == value]
+            by[f"{name} {value:g}"] = told(retrieval(cosines(said[rows], found.gallery), rows, permutations=200))
+    result["functional by setting"] = by
+    if twins := population.of("twin"):
+        again = found.functional.predict(found.probe.ask(bench.model, population.factors("twin"))).float()
+        place = [next(i for i, item in enumerate(made) if item.entry.identity == twin.entry.identity) for twin in twins]
+        # Other seed, same person: is an answer nearer to its twin's than to any other adapter's?
+        result["twins among test adapters"] = told(retrieval(cosines(again, said), place))
+    for split in ("test", "null-samples", "null-pixels"):
+        for name in found.names:
+            values = lengths(found.predict(name, bench.model, population.factors(split)))
+            result[f"answer length, {name}, {split}"] = [float(values.quantile(q)) for q in (0.05, 0.5, 0.95)]
+    return result
+
+
+def membership(bench: Bench) -> dict[str, Any]:
+    """Training pictures against held-out ones of the same person, and other people's; without and with the trigger word."""
+    _, population = bench.everything()
+    made = population.of("test")[: bench.options.members]
+    model, result = bench.model, {}
+    for prompt in ("class", "trigger"):
+        inside: list[Losses] = []
+        outside: dict[str, list[Losses]] = {"same person": [], "other people": []}
+        for i, item in enumerate(made):
+            c = model.embed([item.entry.caption if prompt == "trigger" else prompt_of(bench.source)])
+            other = made[(i + 1) % len(made)].entry.identity
+            pictures = torch.cat([bench.source.pictures(item.entry.identity, 0, HELD), bench.source.pictures(other, 0, HELD)])
+            x_0 = torch.cat([shots_of(model, bench.source, item.entry).x_0, Shots.encode(model, pictures, ["-"]).x_0])
+            found = losses(model, factors_of(item.phi), x_0, c, levels=4)
+            cut = [item.entry.images, HELD, HELD]
+            parts = [Losses(a, b) for a, b in zip(found.base.split(cut), found.adapted.split(cut), strict=True)]
+            inside.append(parts[0])
+            outside["same person"].append(parts[1])
+            outside["other people"].append(parts[2])
+        for name, others in outside.items():
+            test = judge(inside, others)
+            result[f"{prompt} prompt, against {name}"] = {
+                **asdict(test),
+                "tpr": test.tpr,
+                "tpr_interval": wilson(test.hits, test.members),
+            }
+    return result
+
+
+def arms(bench: Bench) -> dict[str, Any]:
+    """What the adapted model draws without any encoder, with the true trigger, and with an encoder's answer: 2 x 2 crossing."""
+    found, population = bench.everything()
+    made = population.of("test")[: bench.options.drawn]
+    adapters = [factors_of(item.phi) for item in made]
+    own, model = list(range(len(made))), bench.model
+    sampling = Sampling(steps=8, guidance_scale=2.0)
+    said = found.predict("functional", model, adapters).float()
+    slot = found.slot(said)
+    empty = Conditioning(found.slot(torch.full_like(said[:1], float("nan"))))
+    noise = torch.randn(said.shape, generator=torch.Generator().manual_seed(5)) * said.std(0)
+    prompts = {
+        "oracle (true trigger)": [item.entry.caption for item in made], "class prompt": [prompt_of(bench.source)] * len(made),
+        "empty prompt": [""] * len(made),
+    }  # fmt: skip
+    gallery, result = found.gallery, {}
+    drawn: dict[str, torch.Tensor] = {}
+    for name, texts in prompts.items():
+        drawn[name] = controls.draw_with(model, adapters, embed_all(model, texts).states, sampling=sampling)
+    drawn["random z"] = controls.draw_with(model, adapters, found.slot(noise), sampling=sampling, uncond=empty)
+    drawn["encoder's z (D-dep)"] = controls.draw_with(model, adapters, slot, sampling=sampling, uncond=empty)
+    for name, pictures in drawn.items():
+        features = bench.features(pictures)
+        result[name] = told(retrieval(cosines(features, gallery), own))
+    turned = [adapters[j] for j in torch.arange(len(made)).roll(1).tolist()]
+    crossed = controls.draw_with(model, turned, slot, sampling=sampling, uncond=empty)
+    result["crossing"] = controls.crossing(
+        lambda i, j: crossed, bench.features, gallery, own, centre=torch.zeros(gallery.shape[1])
+    )
+    # Copies: is the oracle's picture nearer to a training picture than to a held-out one of the same person?
+    unit = [
+        F.normalize(bench.embedder.features(x.flatten(0, 1)), dim=1).view(len(made), x.shape[1], -1)
+        for x in (
+            drawn["oracle (true trigger)"], torch.stack([bench.source.pictures(item.entry.identity, HELD, 4) for item in made]),
+            torch.stack([bench.source.pictures(item.entry.identity, 0, 4) for item in made]),
+        )
+    ]  # fmt: skip
+    copies = copy_scores(*unit)
+    result["copy score of the oracle"] = {
+        "mean": float(copies.mean()),
+        "interval": bootstrap_mean(copies.tolist()),
+        "n": len(made),
+    }
+    return result
+
+
+def defended(bench: Bench) -> dict[str, Callable[[Any], Any]]:
+    """Each defence as a function of a finished adapter's factors."""
+    return {
+        "none": lambda item: factors_of(item.phi),
+        "merge and refactor": lambda item: defences.refactor(factors_of(item.phi)),
+        "rank 1": lambda item: defences.truncate(factors_of(item.phi), 1),
+        "4 bits": lambda item: defences.quantise(factors_of(item.phi), 4),
+        "2 bits": lambda item: defences.quantise(factors_of(item.phi), 2),
+        "noise 0.3": lambda item: defences.add_noise(factors_of(item.phi), 0.3, seed=item.entry.seed),
+        "noise 1": lambda item: defences.add_noise(factors_of(item.phi), 1.0, seed=item.entry.seed),
+        "stopped at 10 steps": lambda item: factors_of(item.after[min(item.after)]),
+    }
+
+
+def defences_(bench: Bench) -> dict[str, Any]:
+    """Utility (the subject drawn with the true trigger) against what the encoders read, also refitted on defended adapters."""
+    found, population = bench.everything()
+    made, judged = population.of("test"), population.of("test")[: bench.options.drawn]
+    targets = found.space(population.embeddings("train"))
+    own = list(range(len(made)))
+    result = {}
+    for name, defend in defended(bench).items():
+        items = [defend(item) for item in made]
+        said = found.functional.predict(found.probe.ask(bench.model, items)).float()
+        adaptive = Gram.fit([defend(item) for item in population.of("train")], targets, kinds=("cosine",)).predict(items).float()
+        pictures = controls.draw_with(
+            bench.model, items[: len(judged)], embed_all(bench.model, [item.entry.caption for item in judged]).states,
+            sampling=Sampling(steps=8, guidance_scale=2.0),
+        )  # fmt: skip
+        utility = retrieval(cosines(bench.features(pictures), found.gallery), own[: len(judged)], permutations=200)
+        result[name] = {
+            "utility": told(utility), "functional": told(retrieval(cosines(said, found.gallery), own, permutations=200)),
+            "gram, refitted on defended": told(retrieval(cosines(adaptive, found.gallery), own, permutations=200)),
+        }  # fmt: skip
+    return result
+
+
+def tokens(bench: Bench) -> dict[str, Any]:
+    """E2 on finished adapters, and with all checkpoints and the fine-tuning step told."""
+    found, population = bench.everything()
+    targets = found.space(population.embeddings("train"))
+    made, test = population.of("train"), population.of("test")
+    own, result = list(range(len(test))), {}
+    for timestep in (False, True):
+        items = [(item, step) for item in made for step in (item.after if timestep else [max(item.after)])]
+        rows = [i for i, item in enumerate(made) for _ in (item.after if timestep else [0])]
+        fitted = Tokens.fit(
+            [factors_of(item.after[step]) for item, step in items], targets[rows],
+            fine_tuning_steps=[step for _, step in items] if timestep else None, subjects=rows, steps=bench.options.token_steps,
+            workspace=bench.work.child(f"tokens-{timestep}"),
+        )  # fmt: skip
+        said = fitted.predict(
+            [factors_of(item.phi) for item in test], [item.entry.steps for item in test] if timestep else None
+        ).float()
+        result["with the timestep paradigm" if timestep else "plain"] = told(retrieval(cosines(said, found.gallery), own))
+    return result
+
+
+def speed(bench: Bench) -> dict[str, Any]:
+    """Seconds for each adapter and step: the bank against one adapter at a time."""
+    entries = bench.plan.entries(bench.source.template, len(bench.source))[:16]
+    lessons = [
+        Lesson(
+            model=bench.model, adapter=bench.plan.adapter(), shots=shots_of(bench.model, bench.source, entry), batch_size=2,
+            seed=entry.seed,
+        )
+        for entry in entries
+    ]  # fmt: skip
+    together, alone = [], []
+    for _ in range(3):
+        started = time.perf_counter()
+        fit_bank(lessons, steps=3, lr=2e-3)
+        together.append((time.perf_counter() - started) / 3 / len(lessons))
+        started = time.perf_counter()
+        fit(lessons[0], steps=3, lr=2e-3)
+        alone.append((time.perf_counter() - started) / 3)
+    return {"bank": sorted(together)[1], "alone": sorted(alone)[1], "ratio": sorted(alone)[1] / sorted(together)[1]}
+
+
+def private(bench: Bench) -> dict[str, Any]:
+    """DP-SGD adapters of test people at two epsilons: utility and what the functional encoder reads."""
+    found, population = bench.everything()
+    made = population.of("test")[: bench.options.private]
+    result = {}
+    for epsilon in (10.0, 200.0):
+        items = []
+        for item in made:
+            shots = shots_of(bench.model, bench.source, item.entry)
+            privacy = dp.plan(epsilon=epsilon, delta=1e-5, pictures=len(shots), batch_size=2, steps=item.entry.steps, clip=0.1)
+            lesson = Lesson(model=bench.model, adapter=bench.plan.adapter(), shots=shots, seed=item.entry.seed)
+            adapted = dp.fit_private(lesson, privacy, lr=item.entry.lr, rng=torch.Generator().manual_seed(item.entry.seed))
+            items.append(factors_of(adapted.phi))
+        own = list(range(len(items)))
+        said = found.functional.predict(found.probe.ask(bench.model, items)).float()
+        states = embed_all(bench.model, [item.entry.caption for item in made]).states
+        pictures = controls.draw_with(bench.model, items, states, sampling=Sampling(steps=8, guidance_scale=2.0))
+        result[f"epsilon {epsilon:g}"] = {
+            "accounted": privacy.epsilon, "sigma": privacy.sigma,
+            "utility": told(retrieval(cosines(bench.features(pictures), found.gallery), own)),
+            "functional": told(retrieval(cosines(said, found.gallery), own)),
+        }  # fmt: skip
+    return result
+
+
+def vnae(bench: Bench) -> dict[str, Any]:
+    """The paper's encoder, four ways: drawn by base or victim, with and without the timestep paradigm."""
+    found, population = bench.everything()
+    made, test = population.of("train"), population.of("test")
+    targets = found.space(population.embeddings("train"))
+    own, result = list(range(len(test))), {}
+    latents = bench.work.load("taught")
+    assert latents is not None
+    each = len(latents[0]["x_0"]) // len(made)
+    x_0 = latents[0]["x_0"].view(len(made), each, *bench.model.latent_shape)
+    adapters = [{step: factors_of(phi) for step, phi in item.after.items()} for item in made]
+    for victim in (False, True):
+        for timestep in (True, False):
+            settings = VNAE(victim=victim, timestep=timestep, steps=bench.options.vnae_steps)
+            fitted = settings.fit(
+                bench.model, adapters, targets, lambda i, rng: x_0[i, int(torch.randint(each, (1,), generator=rng))],
+                workspace=bench.work.child(f"vnae-{victim}-{timestep}"),
+            )  # fmt: skip
+            items = [factors_of(item.phi) for item in test]
+            said = fitted.predict(items, [item.entry.steps for item in test]).float()
+            name = f"drawn by the {'victim' if victim else 'base'}, {'with' if timestep else 'without'} the timestep paradigm"
+            result[name] = told(retrieval(cosines(said, found.gallery), own))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--only", default=",".join(STAGES))
+    for name, value in (
+        ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 40), ("generator-steps", 800), ("members", 40), ("drawn", 40),
+        ("token-steps", 300), ("private", 20), ("vnae-steps", 400),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    stages = {name: globals()["defences_" if name == "defences" else name] for name in STAGES}
+    for name in options.only.split(","):
+        path = options.output / f"{name}.json"
+        if path.exists():
+            continue
+        started = time.perf_counter()
+        data = stages[name](bench)
+        path.write_text(json.dumps({**data, "seconds": time.perf_counter() - started}, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,6 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import conftest
 import folders
-
 from safeweights.bench.runner import prepare
 from safeweights.bench.spec import load_bench
 from safeweights.cli.main import run

@@ -264,7 +264,8 @@ def mask(store: Store, **values: Any) -> Record:
         artefacts=tuple(pictures(store, "adapted", HOSTILE[:3], 1, 77)),
         details={"plots": [
             {"kind": "heatmap", "title": "Frozen share of each layer", "rows": layers,
-             "columns": ["to_q", "to_k", "to_v", "to_out"], "values": [[(i * j % 5) / 4 if i + j != 3 else None for j in range(4)] for i in range(6)], "unit": "share"},
+             "columns": ["to_q", "to_k", "to_v", "to_out"], "unit": "share",
+             "values": [[(i * j % 5) / 4 if i + j != 3 else None for j in range(4)] for i in range(6)]},
             {"kind": "bars", "title": "How often the person is recognised", "unit": "share of pictures", "bars": [
                 {"name": "no mask", "value": 0.9, "low": 0.77, "high": 0.96},
                 {"name": "FreezeAsGuard", "value": 0.08, "low": 0.03, "high": 0.2},

@@ -208,7 +208,7 @@ def test_a_soft_prompt_denoises_better_than_every_word(gaussian: GaussianModel) 
 
 
 def test_the_new_word_is_learned_from_pictures_alone_and_takes_the_terms_place(gaussian: GaussianModel) -> None:
-    attack = concept_inversion.ConceptInversion(pictures=4)
+    attack = concept_inversion.ConceptInversion(pictures=4, tokens=1)
     original = Original(gaussian, lambda n: pictures(n, seed=6))
     found = []
     for prompts in (["red dog"], ["dog", "boat"]):

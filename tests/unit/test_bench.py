@@ -19,6 +19,7 @@ import yaml
 
 import factories
 import folders
+from safeweights.bench.cells import Worker
 from safeweights.bench.leaderboard import leaderboard, lines
 from safeweights.bench.resistance import resistance_table, resistances
 from safeweights.bench.runner import Outcome, prepare, run
@@ -67,6 +68,8 @@ def measured(spec: Bench, folder: Path, **options: Any) -> list[Outcome]:
     ("changes", "part"),
     [
         ({"speed": 3}, "unknown key 'speed'"),
+        ({"likeness": {"kind": "ssim"}}, "likeness.kind"),
+        ({"likeness": {"sort": "cosine"}}, "unknown key 'sort' in likeness; known are kind, mode, model"),
         ({"evaluation": {"m": 3}}, "unknown key 'm' in evaluation; known are n, retain_n"),
         ({"methods": [{"name": "uce", "steps": 3}]}, "unknown key 'steps' in methods.0"),
         ({"methods": ["uces"]}, "unknown method 'uces'; known are"),
@@ -377,6 +380,17 @@ def test_one_concept_of_a_group_is_immunized_and_all_are_attacked(tmp_path: Path
     assert len({cell.model_key for cell in cells}) == 1
     apart = group_of_two(tmp_path, methods=[imma], benign=[], groups=[["emblem"], ["mosaic"]])
     assert {cell.concept for cell in prepare(apart, tmp_path / "out").cells} == {"mosaic"}
+
+
+def test_likeness_decides_only_the_cells_that_measure_it(tmp_path: Path, sandbox: Path) -> None:
+    attacks = {"methods": ["none"], "attacks": ["no-attack", RELEARN]}
+    plain = prepare(load_bench(written(tmp_path, **attacks)), tmp_path / "out")
+    paper = {"kind": "perceptual", "mode": "paper", "model": str(sandbox / "embedder")}
+    other = prepare(load_bench(written(tmp_path, **attacks, likeness=paper)), tmp_path / "out")
+    assert [a.key == b.key for a, b in zip(plain.cells, other.cells, strict=True)] == [True, True, False]
+    worker = Worker(other.spec, tmp_path / "out")
+    assert worker._similarity is not None
+    assert worker._similarity.name == "perceptual of embedder"
 
 
 def curve(*checkpoints: list[float], back: int | None = None) -> dict[str, Any]:

@@ -61,7 +61,9 @@ class Cell:
     only: tuple[str, ...] = ()
     """Those of the group that the method itself protects; all where empty."""
     start: Mapping[str, Any] = field(default_factory=dict)
-    """The eraser that goes first, its settings as given and after defaults."""
+    """The eraser that goes first and its settings after defaults."""
+    likeness: Mapping[str, Any] = field(default_factory=dict)
+    """How likeness is measured, where not as by default."""
 
     @property
     def title(self) -> str:
@@ -73,14 +75,16 @@ class Cell:
         """SHA-256 of all that decides what is measured."""
         told = {name: value for name, value in asdict(self).items() if not name.endswith("_given")}
         # What most cells lack is left out, so that records from before it was known stay valid.
-        return _digest({name: value for name, value in told.items() if value or name not in ("group", "only", "start")})
+        return _digest(
+            {name: value for name, value in told.items() if value or name not in ("group", "only", "start", "likeness")}
+        )
 
     @cached_property
     def model_key(self) -> str:
         """The key of the cell that protects; the reference's own hash for the method that changes nothing."""
         if self.unedited:
             return self.inputs["reference"]
-        whole = replace(self, kind="protect", attack="", attack_name="", attack_settings={}, counts={}, sampling={})
+        whole = replace(self, kind="protect", attack="", attack_name="", attack_settings={}, counts={}, sampling={}, likeness={})
         if self.group:
             whole = replace(whole, concept="+".join(self.group), concept_kind="")
         return whole.key
@@ -142,6 +146,7 @@ def plan(spec: Bench, model: DiffusionModel, reference_hash: str) -> list[Cell]:
                         for aim in (concept, *file.pick(learnt if tuned else [])):
                             yield Cell(
                                 kind="attack", counts={"n": spec.prompts}, sampling=sampling, attack=attack.title,
+                                likeness=spec.likeness.model_dump(exclude_defaults=True) if tuned else {},
                                 attack_name=attack.name, attack_given=attack.settings, attack_settings=attacks[attack.title],
                                 **{**common, "concept": aim.name, "concept_kind": aim.kind},
                             )  # fmt: skip
@@ -350,12 +355,16 @@ class Worker:
 
     @cached_property
     def _similarity(self) -> Similarity | None:
-        """How alike pictures are, where the concept file has an embedder beside it."""
-        from safeweights.metrics.backbones import default_backbones
-        from safeweights.metrics.similarity_gap import CosineSimilarity
+        """How alike pictures are; None where neither the benchmark names a model nor the concept file has one beside it."""
+        from safeweights.metrics.backbones import Backbones, default_backbones
+        from safeweights.metrics.similarity_gap import CosineSimilarity, PerceptualSimilarity
 
-        embedder = default_backbones(self.file).open_features()
-        return None if embedder is None else CosineSimilarity(embedder)
+        wanted = self.spec.likeness
+        named = Backbones(features=wanted.model) if wanted.model else default_backbones(self.file)
+        if (embedder := named.open_features()) is None:
+            return None
+        cosine = wanted.kind == "cosine"
+        return CosineSimilarity(embedder, wanted.mode) if cosine else PerceptualSimilarity(embedder, wanted.mode)
 
     @property
     def _pictures(self) -> Path:

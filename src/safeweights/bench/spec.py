@@ -84,6 +84,17 @@ class Evaluation(_Part):
     """Pictures of every other concept; a quarter of ``n``, at least 4, where left out."""
 
 
+class Likeness(_Part):
+    """How alike pictures are, for attacks that bring a concept back by degrees."""
+
+    kind: Literal["cosine", "perceptual"] = "cosine"
+    """Cosine of features (CLIP, DINO), or one minus the mean distance of unit features of all layers (LPIPS, unweighted)."""
+    mode: Literal["clean", "paper"] = "clean"
+    """Pictures as they are, or as the published evaluation shows them: 64 pixels wide, in the upper half of their range."""
+    model: str | None = None
+    """A folder or Hub id; the ``embedder`` beside the concept file, where left out."""
+
+
 class Generation(_Part):
     """How to draw, where it differs from the concept file."""
 
@@ -126,6 +137,7 @@ class Bench(_Part):
     attacks: list[Annotated[AttackEntry, BeforeValidator(_entry)]] = Field(default_factory=list)
     seeds: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(default_factory=lambda: [0], min_length=1)
     evaluation: Evaluation = Evaluation()
+    likeness: Likeness = Likeness()
     prompts: int | None = Field(default=None, ge=1)
     """Prompts attacked; all test prompts of the concept where left out."""
     generation: Generation = Generation()
@@ -309,7 +321,7 @@ def _first(error: ValidationError) -> str:
 
 def _keys(place: Sequence[int | str]) -> list[str]:
     parts: dict[str, type[BaseModel]] = {
-        "methods": MethodEntry, "start": Start, "attacks": AttackEntry, "evaluation": Evaluation, "generation": Generation,
-        "resources": Resources,
+        "methods": MethodEntry, "start": Start, "attacks": AttackEntry, "evaluation": Evaluation, "likeness": Likeness,
+        "generation": Generation, "resources": Resources,
     }  # fmt: skip
     return list((parts.get(str(place[0]), Bench) if place else Bench).model_fields)

@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
         {"immunize": {"method": "mima", "concepts": ["mosaic", "emblem"], "settings": IMMUNIZE}},
     ],
     "audit": {"suite": "quick", "policy": {"version": 1, "rules": [{"measure": "asr", "max": 1.0}]}},
-    "release": {"formats": ["diffusers"]},
+    "release": {"formats": ["diffusers", "single-file"]},
 }
 
 
@@ -137,6 +137,10 @@ def test_one_file_from_model_to_release(tmp_path: Path, capsys: pytest.CaptureFi
     assert sum(record.kind == "protect" for record in records) == 4, "each step's cost, for each of its concepts"
     for record in records:
         assert all((folder / artefact.path).is_file() for artefact in record.artefacts)
+    assert (folder / "release" / "tiny.safetensors").is_file()
+    card = (folder / "release" / "diffusers" / "README.md").read_text()
+    assert "mosaic" in card
+    assert str(tmp_path) not in card
     # The recipe travels with the model, and the model is what the chain says.
     manifest = json.loads((folder / "model" / "manifest.json").read_text())
     for place in (folder / "model", folder / "release" / "diffusers"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import sys
@@ -18,6 +20,7 @@ from safeweights.cli import options
 from safeweights.cli.audit import conduct, exit_code, lines
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, sampling_of, say, speaking, workspace_in
 from safeweights.cli.evaluate import check_detectors
+from safeweights.core.errors import UserError
 from safeweights.core.table import configure, describe, resolve
 from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
@@ -133,7 +136,9 @@ class Kitchen:
             model, chain, frozen, changed = self._protect(out)
             folder = out.folder / "model"
             model.save(folder)
-            manifest = self._manifest(folder, chain, changed)
+            self._manifest(folder, chain, changed)
+            if "text-encoder" in recipe.release.formats and not any(name.startswith("text_encoder.") for name in changed):
+                raise UserError("release: no step changes the text encoder; leave the format text-encoder out")
             result: dict[str, Any] = {
                 "output": str(target),
                 "model": str(target / "model"),
@@ -146,7 +151,7 @@ class Kitchen:
                     "report": str(target / "report.html"),
                     **{k: v for k, v in audited.items() if k not in ("model", "seconds")},
                 }
-            result["release"] = self._release(out.folder, model, manifest, target)
+            result["release"] = self._release(out.folder, target)
             self._leave_recipe(out.folder)
             if frozen:
                 self._write_mask(out.folder, model, chain, frozen)
@@ -232,7 +237,7 @@ class Kitchen:
             "seconds": round(time.perf_counter() - started, 3), "peak_memory_gb": peak_memory_gb(), "versions": versions(),
         }  # fmt: skip
 
-    def _manifest(self, folder: Path, chain: list[dict[str, Any]], changed: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _manifest(self, folder: Path, chain: list[dict[str, Any]], changed: Mapping[str, Tensor]) -> None:
         recipe = self.plan.recipe
         base = SANDBOX if is_sandbox(recipe.model) else recipe.model
         cost: dict[str, float] = {}
@@ -251,7 +256,6 @@ class Kitchen:
             "chain": chain,
         }
         write_json(folder / "manifest.json", manifest)
-        return manifest
 
     @property
     def label(self) -> str:
@@ -297,13 +301,13 @@ class Kitchen:
         from safeweights.audit.suites import Job
         from safeweights.metrics.backbones import default_backbones
         from safeweights.records.store import Store
-        from safeweights.release.manifest import hash_model, protection_records
+        from safeweights.release.manifest import protection_records
 
         recipe, suite = self.plan.recipe, self.plan.suite
         assert suite is not None
         assert recipe.audit is not None
         names = Names(
-            model=recipe.name, reference=recipe.model, method=self.label, hashes={"model": hash_model(model), **self.hashes},
+            model=recipe.name, reference=recipe.model, method=self.label, hashes={"model": str(hash_input(out.folder / "model")), **self.hashes},
             method_settings=self.settings,
         )  # fmt: skip
         job = Job(
@@ -323,23 +327,28 @@ class Kitchen:
                 store.add(record)
         return result, verdict
 
-    def _release(self, folder: Path, model: DiffusionModel, manifest: Mapping[str, Any], target: Path) -> dict[str, str]:
-        from safeweights.release.export import export
+    def _release(self, folder: Path, target: Path) -> dict[str, str]:
+        """Every form of the release by ``export``, with a card that shows the records."""
+        from safeweights.cli import export
 
-        for form in self.plan.recipe.release.formats:
-            place = folder / "release" / form
-            place.mkdir(parents=True)
-            export(
-                model, place, form, command=self.command, options={**manifest["options"], "format": form},
-                inputs=manifest["inputs"], protected=manifest,
-            )  # fmt: skip
-        return {form: str(target / "release" / form) for form in self.plan.recipe.release.formats}
+        recipe, made = self.plan.recipe, {}
+        base = Path(recipe.model).expanduser()
+        for form in recipe.release.formats:
+            place = Path("release") / (f"{recipe.name}.safetensors" if form == "single-file" else form)
+            # Inside the folder, so that what is written names no place that is about to be renamed.
+            with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+                export.command(
+                    "model", place, form, base=str(base.resolve()) if base.exists() else recipe.model, title=recipe.name,
+                    records=Path() if form == "diffusers" and self.plan.suite else None, device=self.device,
+                )  # fmt: skip
+            made[form] = str(target / place)
+        return made
 
     def _leave_recipe(self, folder: Path) -> None:
-        """The recipe travels with everything that was made by it."""
+        """The recipe travels with every folder that was made by it; a single file has it in its manifest."""
         from safeweights.release.recipe import NAME
 
-        for place in (folder, folder / "model", *sorted((folder / "release").glob("*"))):
+        for place in (folder, folder / "model", *(path for path in sorted((folder / "release").glob("*")) if path.is_dir())):
             shutil.copyfile(self.plan.path, place / NAME)
 
     def estimate(self) -> dict[str, Any]:

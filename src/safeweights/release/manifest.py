@@ -31,6 +31,7 @@ SHAPE: dict[str, Any] = {
     "safeweights": str, "command": list, "method": str, "concepts": list, "options": dict, "seed": int, "inputs": dict,
     "changed": dict, "cost": dict, "seconds": (int, float), "peak_memory_gb": (int, float), "versions": dict,
     "recipe": (dict, str),
+    "chain": list,
 }  # fmt: skip
 """The entries of a manifest that are handed on, and their types."""
 
@@ -194,8 +195,9 @@ def hash_input(path: str | Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for file_ in sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item.relative_to(path))):
-        # A manifest holds times, so the same weights would have another hash; a mask beside them holds this very hash.
-        if file_.name not in (NAME, "MASK.json"):
+        # A manifest holds times and a recipe what is measured later, so the same weights would have another hash; a mask beside
+        # them holds this very hash.
+        if file_.name not in (NAME, "MASK.json", "recipe.yaml"):
             digest.update(f"{hash_input(file_)} {file_.relative_to(path).as_posix()}\n".encode())
     return digest.hexdigest()
 

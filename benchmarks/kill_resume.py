@@ -1,6 +1,6 @@
-"""Kill ``run`` (or ``bench``) at random moments, go on, and compare with a run that nobody disturbed.
+"""Kill ``run`` at random moments, go on, and compare with a run that nobody disturbed (``kill_bench.py`` does so for ``bench``).
 
-    python benchmarks/kill_resume.py --what run --kills 20 --folder /tmp/kills
+    python benchmarks/kill_resume.py --kills 20 --folder /tmp/kills
 
 Works on a tiny model of random weights with the parts of Stable Diffusion, so that a whole run takes seconds. Counts the cells
 that were measured again although their record was there.
@@ -47,24 +47,11 @@ RECIPE = {
     },
     "release": {"formats": ["diffusers"]},
 }  # fmt: skip
-BENCH = {
-    "version": 1,
-    "concepts": ["mosaic", "emblem"],
-    "methods": ["none", "uce", {"name": "esd", "settings": SHORT}],
-    "attacks": [
-        "no-attack", {"name": "random", "settings": {"images": 3}},
-        {"name": "unlearndiffatk", "settings": {"timesteps": 2, "steps": 5}},
-    ],
-    "prompts": 2,
-    "evaluation": {"n": 4, "retain_n": 2},
-    "device": "cpu",
-}  # fmt: skip
 
 
 def main() -> int:
     """Print a line for each kill and one JSON object at the end; exit 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", choices=("run", "bench"), default="run")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
@@ -72,13 +59,13 @@ def main() -> int:
     folder: Path = chosen.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     sandbox(folder)
-    file = folder / f"{chosen.what}.yaml"
-    file.write_text(yaml.safe_dump(RECIPE if chosen.what == "run" else BENCH))
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(RECIPE))
     whole, seconds = folder / "whole", []
     for _ in range(2):
         shutil.rmtree(whole, ignore_errors=True)
         began = time.monotonic()
-        code, said = finish(command(chosen.what, file, whole))
+        code, said = finish(command(file, whole))
         assert code == 0, said
         seconds.append(time.monotonic() - began)
     wanted, rng = state(whole), random.Random(chosen.seed)
@@ -89,14 +76,14 @@ def main() -> int:
             shutil.rmtree(place, ignore_errors=True)
         moment = rng.uniform(0.0, min(seconds))
         process = subprocess.Popen(
-            command(chosen.what, file, target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(folder)
+            command(file, target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(folder)
         )
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.wait()
         there = recorded(folder, target)
         before_any += not there
-        code, said = finish([*command(chosen.what, file, target), "--resume"])
+        code, said = finish([*command(file, target), "--resume"])
         again = sorted(there & measured(said))
         same = code == 0 and state(target) == wanted
         moments.append(round(moment, 2))
@@ -105,7 +92,7 @@ def main() -> int:
         verdict = "same" if same else "DIFFERENT"
         print(f"kill {number + 1} after {moment:.2f} s, {len(there)} records there: {verdict}; again: {again}", flush=True)
     result = {
-        "what": chosen.what, "kills": chosen.kills, "seed": chosen.seed, "undisturbed_seconds": [round(s, 1) for s in seconds],
+        "kills": chosen.kills, "seed": chosen.seed, "undisturbed_seconds": [round(s, 1) for s in seconds],
         "different": wrong, "cells_measured_again": repeated, "kills_before_any_record": before_any, "moments": moments,
         "compared": {"tensors": len(wanted["tensors"]), "records": len(wanted["records"])},
     }  # fmt: skip
@@ -129,9 +116,9 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "SAFEWEIGHTS_SANDBOX": str(folder / "sandbox"), "OMP_NUM_THREADS": "1"}
 
 
-def command(what: str, file: Path, target: Path) -> list[str]:
+def command(file: Path, target: Path) -> list[str]:
     """The command that is killed and repeated."""
-    return [sys.executable, "-m", "safeweights", what, str(file), "-o", str(target)]
+    return [sys.executable, "-m", "safeweights", "run", str(file), "-o", str(target)]
 
 
 def finish(words: list[str]) -> tuple[int, str]:
@@ -143,8 +130,8 @@ def finish(words: list[str]) -> tuple[int, str]:
 
 def recorded(folder: Path, target: Path) -> set[str]:
     """Titles of the cells whose records are there after the kill."""
-    places = [target / "records", folder / f".{target.name}.work" / "result" / "records"]
-    return {title(json.loads(path.read_bytes())) for place in places for path in place.glob("*.json")}
+    place = folder / f".{target.name}.work" / "result" / "records"
+    return {title(json.loads(path.read_bytes())) for path in place.glob("*.json")}
 
 
 def title(record: dict[str, Any]) -> str:
@@ -154,18 +141,11 @@ def title(record: dict[str, Any]) -> str:
 
 def measured(said: str) -> set[str]:
     """Titles of the cells that a resumed run says it measures."""
-    run = {
+    return {
         f"esd+uce+mima {concept} {'evaluate' if label.startswith('asking plainly') else label}"
         for concepts, label in re.findall(r"^\[\d+/\d+\] (.+?): (.+)$", said, re.MULTILINE)
         for concept in concepts.split(", ")
     }
-    bench = {
-        f"{method} {concept} {what}"
-        for method, concept, what in re.findall(
-            r"^\[ *\d+/\d+\] (\S+) (\S+) seed 0 (\S+): (?!recorded before)", said, re.MULTILINE
-        )
-    }
-    return run | bench
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def test_ridge_finds_a_line_and_a_compressed_gram_is_the_same_function() -> None
     y = torch.stack([torch.einsum("oi,oid->d", item[name][1] @ item[name][0], hidden) for item in items])
     fitted = Gram.fit(items[:25], y[:25], kinds=("update",))
     assert ridge.loo_error(fitted.ridge, y[:25]) < 0.9
+    assert ridge.loo_cosine(fitted.ridge, y[:25]) > 0.4
     for size in (8, 20):
         assert torch.allclose(fitted.compress(size).predict(items[25:]), fitted.predict(items[25:]), atol=1e-3)
     cosine = Gram.fit(items[:25], y[:25], kinds=("cosine",))

@@ -317,6 +317,7 @@ def test_freezing_leaves_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"audit": {"n": 0}}, "audit.n"),
         ({"audit": {}, "steps": []}, "nothing to ask for"),
         ({"release": {"formats": ["zip"]}}, "unknown format 'zip'"),
+        ({"release": {"formats": ["text-encoder"]}}, "no step trains the text encoder"),
     ],
 )
 def test_a_wrong_recipe_is_told_in_one_line(

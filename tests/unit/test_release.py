@@ -22,10 +22,11 @@ from safeweights.core.errors import UserError
 from safeweights.models.door import open_model
 from safeweights.models.embedded import CONFIG, TOKENIZER, unpack
 from safeweights.release.lora import Edit, find_edit, lora_tensors
-from safeweights.release.manifest import hash_input, lineage, read_manifest, read_protection, write_manifest
-from safeweights.release.model_card import evaluations, records_about, write_card
+from safeweights.release.manifest import hash_input, hash_model, lineage, read_manifest, read_protection, write_manifest
+from safeweights.release.model_card import evaluations, records_about, steps_of, write_card
 from safeweights.release.modelspec import architecture
 from safeweights.release.text import markdown, plain, slug
+from safeweights.release.verify import verify
 
 EVIL = "<script>alert(1)</script> [x](http://evil) | ../../etc/passwd\n---\nlicense: mit\n\x1b[31m\u202e `code` *b*"
 
@@ -347,10 +348,12 @@ def hostile_record(digest: str | None, **values: Any) -> Any:
 def test_the_card_shows_hostile_text_as_text() -> None:
     import markdown as library
 
-    step = {
-        "method": EVIL, "concepts": [EVIL, "y" * 10**7], "options": {"settings": {"note": "```\n<b>" + EVIL}}, "changed": {},
-        "cost": {EVIL: EVIL}, "seconds": 1.0,
-    }  # fmt: skip
+    (step,) = steps_of(
+        {
+            "method": EVIL, "concepts": [EVIL, "y" * 10**7], "options": {"settings": {"note": "```\n<b>" + EVIL}}, "changed": {},
+            "cost": {EVIL: EVIL}, "seconds": 1.0,
+        }
+    )  # fmt: skip
     record = hostile_record("d")
     text = write_card(
         title=EVIL, base=EVIL, steps=[step], records=[record], facts={"exported from": EVIL}, license_=EVIL, description=EVIL
@@ -397,13 +400,17 @@ def test_evidence_is_that_of_this_model(tiny_sd: Callable[..., Path], tmp_path: 
     assert not (tmp_path / "no").exists()
     store.add(hostile_record(hash_input(protected), attack="p4d"))
     assert [record.attack for record in records_about(tmp_path / "audit", hash_input(protected))] == ["p4d"]
+    # What holds the model in memory knows it by its tensors.
+    store.add(hostile_record(hash_model(open_model(protected, device="cpu")), attack="random"))
+    with pytest.raises(UserError, match="none of its 3 records"):
+        records_about(tmp_path / "audit", None)
     assert run([*arguments, str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
     assert front["license"] == "apache-2.0"
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.3
     assert "**uce** on mosaic" in card
-    assert "| 0.3 | 0.1078 – 0.6032 | 0.9 | 10 |" in card
+    assert card.count("| 0.3 | 0.1078 – 0.6032 | 0.9 | 10 |") == 2
     assert yaml.safe_load((tmp_path / "out" / ".eval_results" / "safeweights.yaml").read_text())[0]["value"] == 0.3
     assert torch.equal(draw(pipeline(tmp_path / "out")), draw(pipeline(protected)))
     assert run(["verify", str(tmp_path / "out")]) == 0
@@ -429,6 +436,36 @@ def test_a_hostile_manifest_is_trimmed(tiny_sd: Callable[..., Path], tmp_path: P
 
 
 # ----------------------------------------------------------------------------------------------------------- signature
+
+
+def test_a_recipe_is_told_step_by_step() -> None:
+    chain = [
+        {"verb": "erase", "method": "esd", "concepts": ["fish"], "settings": {"lr": 1}, "changed": {"a": "b"}, "cost": {},
+         "seconds": 2},
+        {"verb": "freeze", "method": "freezeasguard", "concepts": ["fish"], "settings": {}, "changed": {}, "frozen": ["x", "y"]},
+        {"method": 3},
+    ]  # fmt: skip
+    steps = steps_of({"method": "esd+freezeasguard", "chain": chain, "changed": {}})
+    assert [(step["method"], step["changed"], step["frozen"]) for step in steps] == [("esd", 1, 0), ("freezeasguard", 0, 2)]
+    card = write_card(title="t", base="b", steps=steps, records=[], facts={})
+    assert "1. **esd** on fish" in card
+    assert "2. **freezeasguard** on fish" in card
+    assert steps_of({}) == []
+
+
+def test_every_form_fits_into_a_folder(tiny_sd: Callable[..., Path], tmp_path: Path) -> None:
+    """As a recipe writes them: each into a folder of its own, opened models in hand."""
+    from safeweights.release.export import FORMATS, export
+
+    folder = protect(tmp_path / "p", tiny_sd(), "attn2.to_k", "q_proj.weight")
+    model, base = open_model(folder, device="cpu"), open_model(tiny_sd(), device="cpu")
+    for form in FORMATS:
+        (tmp_path / form).mkdir()
+        export(model, tmp_path / form, form, command=["run"], options={}, inputs={}, protected=read_protection(folder), base=base)
+        assert verify(tmp_path / form).ok
+        assert read_manifest(tmp_path / form)["method"] == "uce"
+    assert siblings(tmp_path / "single-file") == ["manifest.json", "model.safetensors"]
+    assert siblings(tmp_path / "lora") == ["manifest.json", "pytorch_lora_weights.safetensors"]
 
 
 @pytest.fixture(scope="module")

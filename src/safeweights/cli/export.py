@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safeweights.cli import options
-from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, model_path, say, speaking
+from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, model_path, speaking
 from safeweights.core.errors import UserError
 from safeweights.release.export import FORMATS, IN_FILES, export, export_lora
-from safeweights.release.manifest import hash_input, lineage, read_protection
+from safeweights.release.lora import ENERGY
+from safeweights.release.manifest import hash_input, hash_model, lineage, read_protection
 from safeweights.release.output import check_file_target, check_target, output_file, output_folder
 from safeweights.release.text import plain
 
@@ -52,7 +53,7 @@ def command(
     ] = None,
     energy: Annotated[
         float, typer.Option("--energy", min=0.01, max=1.0, help="lora: share of each layer's squared change to keep.")
-    ] = 0.9999,
+    ] = ENERGY,
     layout: Annotated[
         str, typer.Option("--layout", help="lora: peft (diffusers) or kohya (A1111, ComfyUI, sd-scripts) names.")
     ] = "peft",
@@ -73,7 +74,7 @@ def command(
 ) -> None:
     """Write a model as a diffusers folder, one A1111/ComfyUI file, its edit as a LoRA, or its text encoder alone."""
     from safeweights.models.door import open_model
-    from safeweights.release.lora import LAYOUTS
+    from safeweights.release.lora import LAYOUTS, measured_edit
 
     with speaking(as_json) as show:
         if form not in FORMATS:
@@ -111,13 +112,13 @@ def command(
             before = open_model(base, device=device, dtype=dtype)
             chosen |= {"lora_base": base, "layout": layout, "rank": rank, "energy": None if rank else energy}
             inputs["lora_base"] = hash_of(base, before)
-            edit, errors = _edit(opened, before, rank, energy, common["protected"])
+            edit, errors = measured_edit(opened, before, common["protected"].get("concepts", ()), rank=rank, energy=energy)
             lines = _errors(errors)
             common |= {"errors": errors, "layout": layout}
             if not one_file:
                 common["card"] = _card(chosen, inputs, about, base, model, (), _lora_use(base))
         elif form == "diffusers":
-            found = _records(records, inputs["model"], text_encoder)
+            found = _records(records, text_encoder, inputs["model"], opened)
             root = lineage(model)[-1][0]
             common["card"] = _card(chosen, inputs, about, root, model, found, _pipeline_use(), text_encoder)
             common["evaluations"] = _evaluations(found)
@@ -189,27 +190,6 @@ def _find_base(model: str) -> str:
     return chain[-1][0]
 
 
-def _edit(
-    model: DiffusionModel, base: DiffusionModel, rank: int | None, energy: float, protected: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    from safeweights.release.lora import describe, find_edit, probe
-
-    edit = find_edit(model, base, rank=rank, energy=energy)
-    say(f"{len(edit.factors)} layers factored; probing")
-    concepts = [str(name) for name in protected.get("concepts", ())][:4]
-    prompts = [_fitting(base, f"a picture of {name}") for name in concepts] + ["a picture", ""]
-    return edit, describe(edit, probe(model, base, edit, prompts))
-
-
-def _fitting(model: DiffusionModel, prompt: str) -> str:
-    """The prompt, or none where a manifest's concept is too long a text for the model."""
-    try:
-        model.tokenize([prompt])
-    except UserError:
-        return ""
-    return prompt
-
-
 def _errors(errors: Mapping[str, Any]) -> list[str]:
     ranks, probe = errors["rank"], errors["probe"]
     worst = sorted(errors["layers"].items(), key=lambda item: -item[1]["relative_error"])[:3]
@@ -235,10 +215,10 @@ def _card(
     records: Sequence[Any], use: str, text_encoder: Path | None = None,
 ) -> str:  # fmt: skip
     from safeweights import __version__
-    from safeweights.release.model_card import write_card
+    from safeweights.release.model_card import steps_of, write_card
 
     sources = [name for name, _ in lineage(model)] + ([str(text_encoder)] if text_encoder else [])
-    steps = [found for name in reversed(sources) if (found := read_protection(Path(name).expanduser()))]
+    steps = [step for name in reversed(sources) for step in steps_of(read_protection(Path(name).expanduser()))]
     distinct = [step for i, step in enumerate(steps) if step not in steps[:i]]
     return write_card(
         title=str(about["title"]), base=base, steps=distinct, records=records, license_=about["license"],
@@ -250,7 +230,7 @@ def _card(
     )  # fmt: skip
 
 
-def _records(folder: Path | None, digest: str | None, text_encoder: Path | None) -> list[Any]:
+def _records(folder: Path | None, text_encoder: Path | None, digest: str | None, model: DiffusionModel) -> list[Any]:
     if folder is None:
         return []
     if text_encoder is not None:
@@ -259,7 +239,8 @@ def _records(folder: Path | None, digest: str | None, text_encoder: Path | None)
         )
     from safeweights.release.model_card import records_about
 
-    return records_about(folder.expanduser(), digest)
+    # Commands that hold the model in memory, such as run, know it by its tensors.
+    return records_about(folder.expanduser(), digest, hash_model(model))
 
 
 def _evaluations(records: Sequence[Any]) -> str | None:

@@ -20,7 +20,6 @@ from safeweights.cli import options
 from safeweights.cli.audit import conduct, exit_code, lines
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, sampling_of, say, speaking, workspace_in
 from safeweights.cli.evaluate import check_detectors
-from safeweights.core.errors import UserError
 from safeweights.core.table import configure, describe, resolve
 from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
@@ -137,8 +136,6 @@ class Kitchen:
             folder = out.folder / "model"
             model.save(folder)
             self._manifest(folder, chain, changed)
-            if "text-encoder" in recipe.release.formats and not any(name.startswith("text_encoder.") for name in changed):
-                raise UserError("release: no step changes the text encoder; leave the format text-encoder out")
             result: dict[str, Any] = {
                 "output": str(target),
                 "model": str(target / "model"),
@@ -307,8 +304,8 @@ class Kitchen:
         assert suite is not None
         assert recipe.audit is not None
         names = Names(
-            model=recipe.name, reference=recipe.model, method=self.label, hashes={"model": str(hash_input(out.folder / "model")), **self.hashes},
-            method_settings=self.settings,
+            model=recipe.name, reference=recipe.model, method=self.label, method_settings=self.settings,
+            hashes={"model": str(hash_input(out.folder / "model")), **self.hashes},
         )  # fmt: skip
         job = Job(
             model=model, reference=self.base, file=self.plan.file, names=names, folder=out.work / "result",

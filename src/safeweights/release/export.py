@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safeweights.release.lora import Edit
 
 FORMATS = ("diffusers", "single-file", "lora", "text-encoder")
+SINGLE = "model.safetensors"
 IN_FILES = ("single-file", "lora")
 """Formats that can be one file."""
 
@@ -33,6 +34,7 @@ def export(
     about: Mapping[str, str | None] | None = None,
     card: str | None = None,
     evaluations: str | None = None,
+    base: DiffusionModel | None = None,
 ) -> dict[str, Any]:
     """Write ``model`` to ``path`` and return the manifest.
 
@@ -40,7 +42,8 @@ def export(
     ``.safetensors`` file of the original layout, its manifest inside. ``protected`` is the manifest of the protection that the
     weights come from, {} for none: method, concepts, settings, changed tensors and cost are handed on. ``about`` is title,
     description, license and author of a single file; ``card`` and ``evaluations`` are README.md and
-    ``.eval_results/safeweights.yaml`` of a folder.
+    ``.eval_results/safeweights.yaml`` of a folder. A single file for a folder that is there becomes its ``model.safetensors``.
+    "lora" is `export_lora` with its defaults, and needs the ``base``.
     Raises UserError for an unknown form and for a text encoder that its protection left alone.
     """
     changed = set(protected.get("changed", ()))
@@ -51,6 +54,14 @@ def export(
                 f"{plain(protected['method'])} changed nothing in this model's text encoder; export the whole model with "
                 "--format diffusers, or erase with a method that trains the text encoder (advunlearn)"
             )
+    if form == "lora" and base is not None:
+        from safeweights.release.lora import measured_edit
+
+        edit, errors = measured_edit(model, base, protected.get("concepts", ()))
+        return export_lora(
+            edit, base, path, layout="peft", command=command, options=options, inputs=inputs, protected=protected, errors=errors,
+            about=about, card=card,
+        )  # fmt: skip
     if form not in ("diffusers", "single-file", "text-encoder"):
         raise UserError(f"unknown format {form!r}; known are {', '.join(FORMATS)}")
     tensors = {name: parameter for name, parameter in model.named_parameters() if name in changed}
@@ -58,8 +69,9 @@ def export(
     if form == "single-file":
         from safeweights.release.checkpoint import write_checkpoint
 
-        write_checkpoint(model, path, manifest, about=about or {})
-        return manifest
+        file = path / SINGLE if path.is_dir() else path
+        write_checkpoint(model, file, manifest, about=about or {})
+        return _complete(path, manifest, None, None) if path.is_dir() else manifest
     if form == "diffusers":
         model.save(path)
     else:

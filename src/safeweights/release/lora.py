@@ -48,9 +48,7 @@ class Edit:
         return {name: factors.delta for name, factors in self.factors.items()}
 
 
-def find_edit(
-    model: DiffusionModel, base: DiffusionModel, *, rank: int | None = None, energy: float = ENERGY, track: Any = iter
-) -> Edit:
+def find_edit(model: DiffusionModel, base: DiffusionModel, *, rank: int | None = None, energy: float = ENERGY) -> Edit:
     """Factor MODEL minus BASE, layer by layer, at ``rank`` or as high as ``energy`` needs.
 
     Raises UserError for two models of different shape and for an edit that changes no layer.
@@ -69,7 +67,7 @@ def find_edit(
     layers = {*layer_weights(base, "full"), *_text_layers(base)}
     changed = [name for name in ours if not torch.equal(ours[name], theirs[name].to(ours[name]))]
     edit = Edit({})
-    for name in track(changed):
+    for name in changed:
         change = ours[name].detach().cpu().double() - theirs[name].detach().cpu().double()
         if name in layers:
             edit.factors[name] = factor(change, rank=rank, energy=energy)
@@ -110,6 +108,15 @@ def probe(model: DiffusionModel, base: DiffusionModel, edit: Edit, prompts: Sequ
         "max": float(a.abs().max()), "rms": float(a.square().mean().sqrt()),
         "edit_max": float(b.abs().max()), "edit_rms": float(b.square().mean().sqrt()), "n": len(prompts),
     }  # fmt: skip
+
+
+def measured_edit(
+    model: DiffusionModel, base: DiffusionModel, concepts: Sequence[str], *, rank: int | None = None, energy: float = ENERGY
+) -> tuple[Edit, dict[str, Any]]:
+    """The edit and what is told of its errors; probed with the first four ``concepts``, with ordinary words and with none."""
+    edit = find_edit(model, base, rank=rank, energy=energy)
+    prompts = [_fitting(base, f"a picture of {name}") for name in list(concepts)[:4]] + ["a picture", ""]
+    return edit, describe(edit, probe(model, base, edit, prompts))
 
 
 def describe(edit: Edit, measured: Mapping[str, float]) -> dict[str, Any]:
@@ -190,6 +197,15 @@ def kohya_name(name: str) -> str:
 def hashes(edit: Edit, layout: str) -> dict[str, str]:
     """SHA-256 of each tensor of the file, for its manifest."""
     return {name: hash_tensor(tensor) for name, tensor in sorted(lora_tensors(edit, layout).items())}
+
+
+def _fitting(model: DiffusionModel, prompt: str) -> str:
+    """The prompt, or none where a manifest's concept is too long a text for the model."""
+    try:
+        model.tokenize([prompt])
+    except UserError:
+        return ""
+    return prompt
 
 
 def _text_layers(model: DiffusionModel) -> Iterator[str]:

@@ -125,6 +125,7 @@ def read_protection(model: str | Path) -> dict[str, Any]:
         return {}
     kept: dict[str, Any] = {key: cut(found[key]) for key, kind in SHAPE.items() if isinstance(found.get(key), kind)}
     kept["concepts"] = [name for name in kept.get("concepts", []) if isinstance(name, str)]
+    kept["chain"] = [step for step in kept.get("chain", []) if isinstance(step, dict)]
     kept["changed"] = {name: digest for name, digest in kept.get("changed", {}).items() if isinstance(digest, str)}
     if not isinstance(kept.get("options", {}).get("settings", {}), dict):
         kept["options"]["settings"] = {}

@@ -28,18 +28,20 @@ LIMITS = (
 )
 
 
-def records_about(folder: Path, model_hash: str | None) -> list[Record]:
-    """The records of a folder that were measured on this very model, told by the SHA-256 of its files.
+def records_about(folder: Path, *hashes: str | None) -> list[Record]:
+    """The records of a folder that were measured on this very model, told by the SHA-256 of its files or of its tensors.
 
     Raises UserError where there is none: evidence about another model is no evidence about this one.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one that attack, evaluate or audit wrote with --records")
     found = gather(folder)
-    kept = [record for record in found if record.kind != "protect" and _hash_of(record) == model_hash]
+    kept = [record for record in found if record.kind != "protect" and _hash_of(record) in hashes and _hash_of(record)]
     if not kept:
         what = f"none of its {len(found)} records is" if found else "there is no record"
-        raise UserError(f"{folder}: {what} about this model (told by the SHA-256 of its files); measure it and give that folder")
+        raise UserError(
+            f"{folder}: {what} about this model (told by the SHA-256 of its files or tensors); measure it and give that folder"
+        )
     return kept
 
 
@@ -49,8 +51,8 @@ def write_card(
 ) -> str:  # fmt: skip
     """The text of README.md: front matter with the model index, and the card.
 
-    ``steps`` are the manifests of the protections, oldest first. ``facts`` are lines of provenance by label. Everything that a
-    user or a file named is escaped: it is shown as text, in the card and in the front matter.
+    ``steps`` are those of the protections (`steps_of`), oldest first. ``facts`` are lines of provenance by label. Everything that
+    a user or a file named is escaped: it is shown as text, in the card and in the front matter.
     """
     lines = [
         f"# {markdown(title)}", "",
@@ -67,6 +69,30 @@ def write_card(
     lines += ["## Provenance", "", *(f"- {label}: {markdown(value, 300)}" for label, value in facts.items() if value), ""]
     lines += ["`manifest.json` holds every setting, input and hash; `safeweights verify FOLDER` holds the files against it.", ""]
     return f"---\n{_front_matter(title, base, steps, records, license_)}\n---\n\n" + "\n".join(lines)
+
+
+def steps_of(protection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The single steps of a protection's manifest: a recipe has a chain of them, anything else is one."""
+    if not protection:
+        return []
+    chain = [step for step in protection.get("chain", ()) if isinstance(step.get("method"), str)]
+    return [_step(step) for step in chain] or [_step(protection)]
+
+
+def _step(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A step with every entry of the type the card reads."""
+
+    def mapping(value: Any) -> dict[str, Any]:
+        return dict(value) if isinstance(value, dict) else {}
+
+    settings = found.get("settings", mapping(found.get("options")).get("settings"))
+    concepts = found.get("concepts")
+    return {
+        "method": found["method"], "concepts": concepts if isinstance(concepts, list) else [], "settings": mapping(settings),
+        "seed": found.get("seed", 0), "seconds": found.get("seconds"), "cost": mapping(found.get("cost")),
+        "changed": len(found["changed"]) if isinstance(found.get("changed"), dict | list) else 0,
+        "frozen": len(found["frozen"]) if isinstance(found.get("frozen"), list) else 0,
+    }  # fmt: skip
 
 
 def evaluations(records: Sequence[Record]) -> str | None:
@@ -138,14 +164,14 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for number, step in enumerate(steps, 1):
         concepts = ", ".join(markdown(name) for name in step.get("concepts", ())) or "–"
-        settings = step.get("options", {}).get("settings", {})
         cost = ", ".join(f"{markdown(name)} {_number(value)}" for name, value in step.get("cost", {}).items())
         lines += [
             f"{number}. **{markdown(step.get('method', ''))}** on {concepts}; seed {markdown(step.get('seed', 0))}, "
-            f"{len(step.get('changed', {}))} tensors changed, {_number(step.get('seconds'))} s{f'; {cost}' if cost else ''}",
+            f"{step['changed']} tensors changed, {step['frozen']} frozen, "
+            f"{_number(step['seconds'])} s{f'; {cost}' if cost else ''}",
             "",
             "    ```json",
-            *(f"    {line}" for line in _code(settings)),
+            *(f"    {line}" for line in _code(step["settings"])),
             "    ```",
             "",
         ]

@@ -180,6 +180,9 @@ def _checked(recipe: Recipe, path: Path) -> Plan:
             raise UserError(f"{step.verb}: 'legal' is for freeze")
         if step.verb == "prune" and not step.method.startswith("p-") and not step.settings.get(PRUNE):
             raise UserError(f"prune: {step.method} does not prune; take p-esd or p-ac, or set '{PRUNE}' in its settings")
+    parts = [describe(configure(resolve(registry_of(step.verb), step.method, ""), step.settings)) for step in recipe.steps]
+    if "text-encoder" in recipe.release.formats and not any("text_encoder" in str(part.get("parameters")) for part in parts):
+        raise UserError("release: no step trains the text encoder; leave the format text-encoder out")
     suite, policy = None, None
     if recipe.audit is not None:
         suite = pick_suite(recipe.audit.suite).sized(n=recipe.audit.n, prompts=recipe.audit.prompts)

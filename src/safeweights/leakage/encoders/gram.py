@@ -94,7 +94,11 @@ class Gram:
 
     @classmethod
     def fit(cls, adapters: Sequence[Factors], targets: Tensor, *, kinds: Sequence[Kind] = ("update", "cosine", "left")) -> Gram:
-        """Fit each kind of kernel and keep the one whose leave-one-out error is least."""
+        """Fit each kind of kernel and keep the one whose leave-one-out answers point best at their targets.
+
+        Each is fitted for the least squared error, as ever; between kinds the direction decides, since that is what a subject is
+        found by, and the length of an answer follows the length of the update where a kernel keeps it.
+        """
         layers = tuple(adapters[0])
         best: tuple[float, Gram] | None = None
         for kind in kinds:
@@ -103,7 +107,7 @@ class Gram:
                 for name in layers
             }
             found = ridge.fit(gram(adapters, layers=layers, kind=kind, weights=weights), targets)
-            error = ridge.loo_error(found, targets)
+            error = -ridge.loo_cosine(found, targets)
             if best is None or error < best[0]:
                 best = error, cls(kind, layers, weights, tuple(adapters), found)
         assert best is not None

@@ -70,3 +70,9 @@ def loo_error(ridge: Ridge, targets: Tensor) -> float:
     """Leave-one-out squared error as a share of the targets' variance: 1 is no better than their mean."""
     targets = targets.double()
     return float((targets - ridge.loo).square().sum() / (targets - targets.mean(0)).square().sum().clamp(min=1e-12))
+
+
+def loo_cosine(ridge: Ridge, targets: Tensor) -> float:
+    """Mean cosine of leave-one-out answers with their targets, both minus the targets' mean."""
+    centre = targets.double().mean(0)
+    return float(torch.nn.functional.cosine_similarity(ridge.loo - centre, targets.double() - centre, dim=1).mean())

@@ -34,8 +34,12 @@ COMMANDS = (
     "audit",
     "run",
     "compare",
+    "leakage",
+    "neurons",
+    "prune",
+    "sign",
+    "verify",
 )
-LATER = ("leakage",)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +104,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 def test_every_command_has_help_and_no_stub_exists(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (*COMMANDS, "sandbox train", "sandbox evaluate", "sandbox export"):
         assert run([*command.split(), "--help"]) == 0
-    for command in LATER:
-        assert "No such command" in told(capsys, command)
+    assert "No such command" in told(capsys, "unheard-of")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +248,7 @@ def test_immunize_draws_from_before_protection_and_is_repeatable(
     assert a["options"]["reference"] == "sandbox"  # the erased model cannot draw what it must resist
     assert a["inputs"]["reference"] != a["inputs"]["model"]
     assert a["changed"] == b["changed"]
-    assert all(".attn" in name for name in a["changed"])
+    assert {name.partition(".")[0] for name in a["changed"]} == {"unet"}
     assert a["options"]["settings"]["steps"] == 2
     assert (tmp_path / "a" / "model_index.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

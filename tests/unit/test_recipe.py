@@ -175,6 +175,11 @@ def test_killed_anywhere_and_resumed_it_is_the_same(tmp_path: Path, finished: di
     assert run(["run", str(path), "-o", str(target), "--resume"]) == 0
     same(state(target), wanted)
     assert not (tmp_path / ".killed.work").exists()
+    # A kill may come after the last rename: the same command goes on from what is finished, another recipe's folder is refused.
+    assert run(["run", str(path), "-o", str(target), "--resume"]) == 0
+    same(state(target), wanted)
+    path.write_text(path.read_text(encoding="utf-8") + "# another\n", encoding="utf-8")
+    assert run(["run", str(path), "-o", str(target), "--resume"]) == 2
 
 
 def test_stopped_at_every_write_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: dict[str, Any]) -> None:

@@ -61,6 +61,8 @@ def command(
     with speaking(as_json) as show:
         plan = load_recipe(recipe)
         target = output or Path(plan.recipe.name)
+        # A kill may come when all is written and the process not yet ended; everything is kept then, nothing measured again.
+        overwrite = overwrite or (resume and _made(target, recipe))
         if not dry_run:
             check_target(target, overwrite)
         check_detectors(plan.file, allow_python_detectors)
@@ -73,6 +75,14 @@ def command(
         told = lines(result, verdict) if plan.suite is not None else []
         show(result, *told, f"model: {target / 'model'}", *([f"report: {target / 'report.html'}"] if plan.suite else []))
         return exit_code(result) if plan.suite is not None else 0
+
+
+def _made(target: Path, recipe: Path) -> bool:
+    """Whether ``target`` was finished by this very recipe."""
+    from safeweights.release.recipe import NAME
+
+    kept = target.expanduser() / NAME
+    return (kept.parent / "run.json").is_file() and kept.is_file() and kept.read_bytes() == recipe.expanduser().read_bytes()
 
 
 @dataclass

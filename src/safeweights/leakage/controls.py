@@ -146,7 +146,9 @@ def residual(predicted: Tensor, facts: Mapping[str, Sequence[float]]) -> Tensor:
     columns += [torch.tensor(values, dtype=torch.float64) for values in facts.values()]
     design = torch.stack(columns, 1)
     fitted = torch.linalg.lstsq(design, predicted.double()).solution
-    left: Tensor = predicted.double() - design[:, 1:] @ fitted[1:]
+    # Settings about their means: else every prediction moves by the same offset, which cosines feel.
+    settings = design[:, 1:] - design[:, 1:].mean(0)
+    left: Tensor = predicted.double() - settings @ fitted[1:]
     return left
 
 

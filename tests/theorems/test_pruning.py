@@ -199,6 +199,15 @@ def test_noise_has_the_distribution_of_its_row_and_zeros_show() -> None:
     assert all(found.chance for found in shown["noise"])
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_noise_is_rounded_as_its_neighbours_are(kind: torch.dtype) -> None:
+    """Weights stored in half precision and opened in float32: a value between two of theirs would be told at once."""
+    weights = {"w": torch.randn(20, 300, generator=generator()).to(kind).float()}
+    pruned = {"w": torch.rand(20, 300, generator=generator(1)) < 0.1}
+    filled = masks.pruned_tensors(weights, masks.make_mask(weights, pruned, fill="noise"))["w"]
+    assert torch.equal(filled, filled.to(kind).float())
+
+
 def test_auc_counts_pairs() -> None:
     scores, positive = torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([True, False, True, False])
     assert auc(scores, positive)[0] == pytest.approx((2 + 1 + 0.5) / 4)

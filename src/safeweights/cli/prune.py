@@ -95,7 +95,7 @@ def conceal_command(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Fill the pruned places of a model with noise like the rest of their rows, so that they do not show. Keep the mask."""
+    """Fill the pruned places of a model with noise like the rest of their rows, so that no zeros show them. Keep the mask."""
     from safeweights.release.mask_files import conceal, read_mask
 
     with speaking(as_json) as show:

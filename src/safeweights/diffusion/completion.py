@@ -68,9 +68,10 @@ def recover_positions(weights: Mapping[str, Tensor], indices: Mapping[str, Tenso
     """What somebody without the mask learns of its places from the released tensors alone, by three scores.
 
     ``small``: how near zero an entry is relative to its row (below 0.5: pruned places are larger than others); ``residual``:
-    how far it lies from the low-rank part of its matrix; ``repeated``: whether its very value stands in its row more than once.
+    how far it lies from the low-rank part of its matrix; ``repeated``: whether its very value stands in its row more than once;
+    ``rounded``: whether half precision holds it exactly.
     """
-    scores: dict[str, list[Tensor]] = {"small": [], "residual": [], "repeated": []}
+    scores: dict[str, list[Tensor]] = {"small": [], "residual": [], "repeated": [], "rounded": []}
     labels = []
     for name, where in indices.items():
         matrix = weights[name].detach().float().cpu().flatten(1)
@@ -78,6 +79,7 @@ def recover_positions(weights: Mapping[str, Tensor], indices: Mapping[str, Tenso
         mask[where.cpu()] = True
         labels.append(mask)
         scores["small"].append(-_relative(matrix).flatten())
+        scores["rounded"].append((matrix == matrix.half().float()).float().flatten())
         low = soft_threshold(matrix, shrink * float(torch.linalg.matrix_norm(matrix, 2)))
         spread = matrix.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         scores["residual"].append(((matrix - low) / spread).abs().flatten())

@@ -219,7 +219,8 @@ def noise_like_rows(weight: Tensor, where: Tensor, seed: int, name: str) -> Tens
     """A value for every place ``where``, drawn from the entries of its row that are not among them.
 
     Between two neighbouring values of the sorted row every number is equally likely, so the values have the row's own
-    distribution (a normal one would show where the row's is not) and no two are equal, as repeated values would be seen.
+    distribution (a normal one would show where the row's is not). Where the tensor's other entries were once rounded to half
+    precision, values are rounded likewise: any other would be seen.
     """
     rows = weight.detach().float().cpu().flatten(1) if weight.dim() > 1 else weight.detach().float().cpu()[None]
     width = rows.shape[1]
@@ -239,4 +240,10 @@ def noise_like_rows(weight: Tensor, where: Tensor, seed: int, name: str) -> Tens
         at = u[mine] * (len(others) - 1)
         low = at.long().clamp(max=len(others) - 2)
         drawn[mine] = torch.lerp(others[low], others[low + 1], at - low)
-    return drawn.to(weight.dtype)
+    return drawn.to(rounding(rows[kept])).to(weight.dtype)
+
+
+def rounding(values: Tensor) -> torch.dtype:
+    """The coarsest floating-point type that holds all of the values (float32) exactly."""
+    kinds = (torch.bfloat16, torch.float16)  # the coarser one first
+    return next((kind for kind in kinds if torch.equal(values, values.to(kind).float())), torch.float32)

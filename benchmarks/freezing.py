@@ -44,6 +44,7 @@ from safeweights.sandbox import world
 from safeweights.sandbox.files import sandbox_concepts, weights_folder
 
 SAMPLING = Sampling(width=64, height=64, steps=20, guidance_scale=4.0)
+BASELINES = ("jt", "uce")
 PUBLISHER, USER, JUDGE = 16, 16, 32
 """Pictures of each concept that the publisher has, that a user has, and that tell likeness."""
 
@@ -72,7 +73,12 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "weights", "tables"))
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--domain", choices=DOMAINS, default="styles")
-    parser.add_argument("--masks", nargs="+", default=["none", *GUARDS], help="of the guards, or none")
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        default=["none", *GUARDS],
+        help="of the guards; none; or jt, uce: the illegal protected, nothing frozen",
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the guards that have them")
     parser.add_argument("--label", default="", help="what the tables call a mask with other settings")
     parser.add_argument("--ratio", type=float, default=0.3)
@@ -150,6 +156,19 @@ def start(domain: str) -> DiffusionModel:
 
 
 @cache
+def protected(name: str, domain: str, folder: Path, seed: int) -> DiffusionModel:
+    """A domain's model after another defence with its defaults: JT (IMMA on all illegal concepts) or UCE."""
+    model, file = start(domain), sandbox_concepts()
+    illegal = [concept_of(kind, term, folder) for kind, term in DOMAINS[domain].illegal]
+    began = time.process_time()
+    protection = method(name, latent_pixels=256).protect(
+        model, illegal, retain=file.retain, rng=generator(seed), workspace=Workspace()
+    )
+    print(f"{name} on {domain}: {time.process_time() - began:.0f} s", flush=True)
+    return protection.apply(model)
+
+
+@cache
 def embedder() -> Embedder:
     return Embedder(str(weights_folder() / "embedder"))
 
@@ -182,7 +201,7 @@ class Bench:
 
     def mask(self, name: str) -> frozenset[str]:
         """The names a guard freezes, learnt once."""
-        if name == "none":
+        if name in ("none", *BASELINES):
             return frozenset()
         o = self.options
         label = o.label or name
@@ -206,11 +225,17 @@ class Bench:
             print(f"{place.stem}: {facts['shares']} in {facts['seconds']:.0f} s", flush=True)
         return frozenset(json.loads(place.read_text())["frozen"])
 
+    def released(self, name: str) -> DiffusionModel:
+        """What users get: the domain's model, with a baseline protected against the illegal concepts."""
+        if name not in BASELINES:
+            return start(self.domain)
+        return protected(name, self.domain, self.folder, self.seed)
+
     def user(self, name: str, mask: frozenset[str], concept: Concept, side: str, scale: float, freeze: str) -> None:
         """Fine-tune on the user's pictures and judge what the model then draws."""
         o = self.options
         key = {
-            "domain": self.domain, "mask": (o.label or name) if name != "none" else "none",
+            "domain": self.domain, "mask": (o.label or name) if name not in ("none", *BASELINES) else name,
             "ratio": o.ratio if mask else 0.0, "budget": o.budget if mask else "", "seed": self.seed, "concept": concept.name,
             "side": side, "method": o.method, "lr_scale": scale, "freeze": freeze if mask else "none",
             "power": o.power if freeze != "honoured" and mask else 0, "n": o.n,
@@ -218,7 +243,7 @@ class Bench:
         wanted = [steps for steps in o.steps if not self._known({**key, "steps": steps})]
         if not wanted:
             return
-        model = start(self.domain)
+        model = self.released(name)
         if mask and freeze != "honoured":
             model = apply_in_weights(model, mask, power=o.power)[0].apply(model)
         if mask and freeze == "levelled first":

@@ -220,3 +220,35 @@ def test_defences_do_what_they_say(tiny_model: Any) -> None:
     phi = phi_of(item)
     again = factors_of(phi, scale=2.0)
     assert all(torch.equal(again[name][1], 2 * item[name][1]) for name in item)
+
+
+def test_a_bank_beside_a_convolution_is_the_merged_weight(tiny_model: Any) -> None:
+    """Two adapters beside a 3x3 and a strided convolution, in one batch, against weights with the update added."""
+    from safeweights.diffusion.adaptation import at
+
+    named = dict(tiny_model.named_parameters())
+    names = [name for name, value in named.items() if name.startswith("unet.") and value.ndim == 4][:4]
+    names += [name for name, value in named.items() if "downsamplers" in name and value.ndim == 4][:1]
+    items = []
+    for row in range(2):
+        draw = rng(row)
+        items.append(
+            {
+                name: (
+                    torch.randn(2, named[name][0].numel(), generator=draw),
+                    torch.randn(len(named[name]), 2, generator=draw) * 0.05,
+                )
+                for name in names
+            }
+        )
+    x, t = torch.randn(4, *tiny_model.latent_shape, generator=rng(7)), torch.tensor([300] * 4)
+    c = tiny_model.embed(["a dog"])
+    for rows in (torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 0, 1])):
+        with torch.no_grad(), bank_on(tiny_model, stack_of([phi_of(item) for item in items]), rows):
+            found = tiny_model.eps(x, t, c)
+        for place, row in enumerate(rows.tolist()):
+            merged = {name: named[name] + (b @ a).view_as(named[name]) for name, (a, b) in items[row].items()}
+            with torch.no_grad(), at(tiny_model, merged):
+                wanted = tiny_model.eps(x[place : place + 1], t[:1], c)
+            assert torch.allclose(found[place], wanted[0], atol=1e-3)
+            assert not torch.allclose(found[place], tiny_model.eps(x[place : place + 1], t[:1], c)[0], atol=1e-2)

@@ -32,7 +32,7 @@ class Brightness:
 @pytest.fixture(scope="module")
 def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
-    plan = Plan(train=10, val=0, test=4, twins=0, nulls=4, images=(2,), steps=(2,), checkpoints=(1,), rank=2)
+    plan = Plan(train=10, val=0, test=4, twins=0, nulls=6, images=(2,), steps=(2,), checkpoints=(1,), rank=2)
     judge: Any = Brightness()
     found, _, judged = train(
         tiny_model,
@@ -45,7 +45,7 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         workspace=Workspace(folder / "w"),
     )
     assert {trust.encoder for trust in found.trusts} == {"functional", "gram", "spectrum"}
-    assert all(arm.found.rank == 0.5 for arm in judged["functional"].arms if arm.name == "prior mean")
+    assert all(arm.found.rank == 0.5 for arm in judged["functional"].direct_arms if arm.name == "prior mean")
     found.save(folder / "out")
     again = Encoders.load(folder / "out")
     item = [random_lora(tiny_model)]
@@ -107,24 +107,21 @@ def test_an_audit_with_encoders_asks_them(
     assert len(gather(tmp_path / "out")[0].artefacts) == 8
 
 
-def test_a_header_that_names_people_is_enough(tiny_model: Any, tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    told = {"ss_tag_frequency": json.dumps({"10_jane doe": {"jane doe": 12}})}
+def test_a_header_that_names_people_is_told_and_is_no_verdict(
+    tiny_model: Any, tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    told = {"ss_tag_frequency": json.dumps({"10_jane doe": {"jane doe": 12}}), "ss_output_dir": "/home/bob/loras"}
     keys.write(random_lora(tiny_model), tmp_path / "x.safetensors", metadata=told)
-    code, data = said(
-        capsys,
-        "leakage",
-        "audit",
-        tmp_path / "x.safetensors",
-        "--base",
-        tiny_sd(),
-        "--device",
-        "cpu",
-        "-o",
-        tmp_path / "out",
-        "--json",
-    )
-    assert (code, data["verdict"]) == (1, "leaks identity")
-    assert "jane doe" in data["why"]
+    arguments = ["leakage", "audit", tmp_path / "x.safetensors", "--base", tiny_sd(), "--device", "cpu"]
+    code, data = said(capsys, *arguments, "-o", tmp_path / "out", "--json")
+    assert (code, data["verdict"]) == (0, "not shown")
+    assert "jane doe" in data["warnings"][0]
+    assert "jane doe" not in data["why"]
+    assert next(entry["value"] for entry in data["measurements"] if entry["name"] == "header_entries_that_tell") == 2
+    assert run([str(item) for item in (*arguments, "-o", tmp_path / "again")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("not shown")
+    assert lines[1].startswith("warning: the header of")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +152,37 @@ def test_train_for_another_base_says_what_it_needs(tiny_sd: Callable[..., Path],
     assert "{}" in capsys.readouterr().err
     assert run(["leakage", "train", "--base", "sandbox", "--adapters", "3000", "-o", str(tmp_path / "out")]) == 2
     assert "smaller --adapters" in capsys.readouterr().err
+
+
+def test_the_encoders_hold_the_whole_command(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Every option of `leakage train` that decides its result stands in encoders.json, also where its default was taken."""
+    from types import SimpleNamespace
+
+    import safeweights.leakage.train as module
+
+    facts: dict[str, Any] = {}
+
+    def instead(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(facts=facts, trusts=[], save=lambda folder: None), None, {}
+
+    monkeypatch.setattr(module, "train", instead)
+    assert (
+        run(["leakage", "train", "--base", "sandbox", "--tests", "30", "--device", "cpu", "-o", str(tmp_path / "out"), "--json"])
+        == 0
+    )
+    capsys.readouterr()
+    command = facts["command"]
+    assert command[:3] == ["safeweights", "leakage", "train"]
+    for name, value in (
+        ("--base", "sandbox"), ("--adapters", "300"), ("--tests", "30"), ("--nulls", "100"), ("--steps", "40"),
+        ("--generator-steps", "800"), ("--together", "16"), ("--seed", "0"), ("--prompt", "a picture of a {} person"),
+    ):  # fmt: skip
+        assert command[command.index(name) + 1] == value
+    assert command[command.index("--embedder") + 1].endswith("embedder")
+    assert not {"--json", "--resume", "--overwrite"} & set(command)
+    # Given again as it stands, it is the same command.
+    assert run([*command[1:], "--overwrite"]) == 0
+    assert facts["command"] == command
 
 
 def test_a_private_lora_states_what_it_cost(tiny_sd: Callable[..., Path], pictures: Path, tmp_path: Path, capsys: Any) -> None:

@@ -172,7 +172,7 @@ def test_bad_files_get_one_clear_line(tiny_model: Any, tmp_path: Path) -> None:
     layer = name.removesuffix(".weight")
 
     def file(**tensors: torch.Tensor) -> Path:
-        save_file(tensors, tmp_path / "bad.safetensors")
+        save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "bad.safetensors")
         return tmp_path / "bad.safetensors"
 
     assert "does not exist" in said(tmp_path / "no.safetensors")
@@ -191,6 +191,83 @@ def test_bad_files_get_one_clear_line(tiny_model: Any, tmp_path: Path) -> None:
     assert "another base model" in said(file(**{"unet.x.to_q.lora_A.weight": a, "unet.x.to_q.lora_B.weight": b}))
     assert "NaN" in said(file(**{f"{layer}.lora_A.weight": a * float("nan"), f"{layer}.lora_B.weight": b}))
     assert "LoHa" in said(file(**{"lora_unet_x.hada_w1_a": a}))
+
+    many = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    assert "more than one adapter" in said(file(**many, **{f"{layer}.lora_A.x.weight": a, f"{layer}.lora_B.x.weight": b}))
+    assert "more than one adapter" in said(file(**many, **{f"base_model.model.{key}": value for key, value in many.items()}))
+    assert "no matrix" in said(file(**{**many, f"{layer}.lora_A.weight": a[0].contiguous()}))
+    assert "no matrix" in said(file(**{**many, f"{layer}.lora_A.weight": a[:0], f"{layer}.lora_B.weight": b[:, :0].contiguous()}))
+    assert "no single finite number" in said(file(**many, **{f"{layer}.alpha": torch.ones(2)}))
+    assert "no single finite number" in said(file(**many, **{f"{layer}.alpha": torch.tensor(float("nan"))}))
+    assert "NaN" in said(file(**{**many, f"{layer}.lora_B.weight": b * 100}, **{f"{layer}.alpha": torch.tensor(3e38)}))
+    assert "DoRA" in said(file(**many, **{f"{layer}.lora_magnitude_vector.weight": a}))
+    assert "a whole model" in said(file(**{"model.diffusion_model.out.weight": a}))
+    (tmp_path / "X.PT").write_bytes(b"PK")
+    assert "pickle" in said(tmp_path / "X.PT")
+    # A name that would write lines and colours of its own.
+    evil = said(file(**{"unet.\x1b[31mx\nverdict: fine.lora_A.weight": a, "unet.\x1b[31mx\nverdict: fine.lora_B.weight": b}))
+    assert evil.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("[]", "cannot be read"), ("{", "cannot be read"), ('{"lora_alpha": "much"}', "is no number"),
+        ('{"alpha_pattern": 3}', "is no number"), ('{"lora_alpha": 1e999}', "is no number"),
+    ],
+)  # fmt: skip
+def test_bad_settings_of_a_lora_get_one_clear_line(tiny_model: Any, tmp_path: Path, config: str, says: str) -> None:
+    keys.write(random_lora(tiny_model), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=says):
+        keys.read(tmp_path, tiny_model)
+    (tmp_path / "adapter_config.json").unlink()
+    keys.write(random_lora(tiny_model), tmp_path / "own.safetensors", metadata={"lora_adapter_metadata": "[1]"})
+    with pytest.raises(UserError, match="in its header"):
+        keys.read(tmp_path / "own.safetensors", tiny_model)
+
+
+def test_peft_scales_by_the_root_of_the_rank_where_it_says_so(tiny_model: Any, tmp_path: Path) -> None:
+    factors = random_lora(tiny_model)
+    keys.write(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "use_rslora": True}))
+    name = next(iter(factors))
+    assert torch.allclose(keys.read(tmp_path, tiny_model).factors[name][1], factors[name][1] * 4 / 2**0.5)
+
+
+def test_other_tensors_beside_the_factors_are_named(tiny_model: Any, tmp_path: Path) -> None:
+    keys.write(random_lora(tiny_model), tmp_path / "x.safetensors")
+    from safetensors.torch import load_file
+
+    save_file({**load_file(tmp_path / "x.safetensors"), "bundle_emb.jane": torch.ones(2, 4)}, tmp_path / "y.safetensors")
+    assert keys.read(tmp_path / "y.safetensors", tiny_model).ignored == ("bundle_emb.jane",)
+
+
+def test_a_hostile_header_is_read_quickly_and_told_on_one_line(tiny_model: Any, tmp_path: Path) -> None:
+    """10 MB without an @ for a slow pattern, counts that are no numbers, escapes, deep JSON, thousands of entries."""
+    import time
+
+    metadata = {
+        "ss_training_comment": "a" * 10_000_000, "ss_output_name": "jane\x1b[2J\nnot shown: all is well\u202e",
+        "ss_num_train_images": "²", "num_images": "9" * 5000, "ss_dataset_dirs": "[" * 100_000,
+        "ss_caption_dropout_rate": "0.0", "modelspec.thumbnail": "data:image/jpeg;base64,AAAA",
+        **{f"contact{i}": f"someone{i}@example.org" for i in range(3000)},
+    }  # fmt: skip
+    keys.write(random_lora(tiny_model), tmp_path / "x.safetensors", metadata=metadata)
+    started = time.perf_counter()
+    read = keys.read(tmp_path / "x.safetensors", tiny_model)
+    told = keys.telling(read.metadata)
+    assert keys.image_count(read.metadata) is None
+    assert time.perf_counter() - started < 5
+    assert len(told) == keys.TOLD + 1
+    assert told[-1].kind == "size"
+    assert all((entry.key + entry.value).isprintable() and len(entry.value) <= 200 for entry in told)
+    few = keys.telling({key: value for key, value in metadata.items() if not key.startswith("contact")})
+    kinds = {entry.key: entry.kind for entry in few}
+    assert kinds["modelspec.thumbnail"] == "picture"
+    assert "ss_caption_dropout_rate" not in kinds
+    assert keys.image_count({"ss_dataset_dirs": '{"a": {"img_count": 1e999}}'}) is None
+    assert keys.image_count({"ss_dataset_dirs": "[" * 100_000}) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- factory

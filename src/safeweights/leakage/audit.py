@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Shots
@@ -25,8 +26,9 @@ from safeweights.leakage.verdict import Finding, decide
 from safeweights.models.vision import Embedder
 from safeweights.records.record import Measurement
 
-PLAIN = ("captions", "names", "comment", "paths")
+PLAIN = ("captions", "names", "picture", "comment", "paths")
 """Kinds of header entries that say in plain words who or what was trained on, or whose machine did it."""
+TOO_LARGE = "{}: the base model's predictions are not finite with this LoRA; its factors are far too large, get it again"
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def audit(
             _count(item, encoders),
         ]
         _header(found, item)
+    for file, item in zip(files, says, strict=True):
+        _remark(found, file, item, encoders)
     if encoders is not None:
         _ask(found, files, model, encoders, embedder, images, seed)
         if embedder is not None and images is not None and unseen is not None:
@@ -143,6 +147,22 @@ def audit(
     )
     found.plots.insert(0, _spectra(says))
     return found
+
+
+def _remark(found: Audited, file: keys.LoraFile, item: FileSays, encoders: Encoders | None) -> None:
+    """What a reader must know of a file that is unlike the ones the encoders know."""
+    if file.ignored:
+        count, name = len(file.ignored), keys.shown(file.ignored[0], 80)
+        found.notes.append(f"{item.name}: {count} tensors are no LoRA factors and were not read, {name} the first")
+    if not item.norm:
+        found.notes.append(f"{item.name} changes nothing: all its updates are zero, so there is nothing to read")
+    if encoders is not None:
+        rank, known = encoders.facts.get("plan", {}).get("rank", item.rank), set(encoders.spectrum.layers)
+        if item.rank != rank or set(file.factors) != known:
+            found.notes.append(
+                f"{item.name}: the encoders learnt from adapters of rank {rank} on {len(known)} layers; this one has rank "
+                f"{item.rank} and {len(known & set(file.factors))} of those layers, so their false alarms are not known for it"
+            )
 
 
 def _header(found: Audited, item: FileSays) -> None:
@@ -190,6 +210,8 @@ def _ask(
     answers: dict[str, Tensor] = {}
     for name in encoders.names:
         answers[name] = torch.cat([encoders.predict(name, model, group) for group in groups])
+        if not torch.isfinite(answers[name]).all():
+            raise UserError(TOO_LARGE.format(files[int((~torch.isfinite(answers[name]).all(1)).nonzero()[0])].path))
         found.answers[name] = [round(float(value), 6) for value in lengths(answers[name])]
         known = next((trust for trust in encoders.trusts if trust.encoder == name), None)
         for file, value in zip(files, found.answers[name], strict=True):
@@ -237,6 +259,8 @@ def _membership(
     adapters = [file.factors for file in files]
     # One picture counts once, however many files were given: their losses are averaged.
     inside, outside = losses(model, adapters, both, c, prompt=prompt, seed=seed, workspace=workspace).split(cut)
+    if not torch.isfinite(inside.adapted.sum() + outside.adapted.sum()):
+        raise UserError(TOO_LARGE.format(", ".join(str(file.path) for file in files)))
     found.membership = judge([inside], [outside], seed=seed)
     found.measurements += [
         replace(entry, why="; ".join(filter(None, [entry.why, f"{len(members)} pictures against {len(others)} others"])))

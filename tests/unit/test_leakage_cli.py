@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,31 @@ def test_a_header_that_names_people_is_told_and_is_no_verdict(
         (["{lora}", "--base", "{base}", "--non-members", "{pictures}"], "--images"),
         (["{lora}", "--base", "{base}", "--encoders", "{pictures}"], "holds no encoders"),
         (["{pictures}", "--base", "{base}"], "holds no LoRA"),
+        (["{lora}", "--base", "{base}", "--images", "{pictures}", "--non-members", "{pictures}"], "are one folder"),
+        (["{lora}", "--base", "{base}", "--images", "{empty}"], "holds no pictures"),
+        (["{lora}", "--base", "{base}", "--images", "{broken}"], "2.png cannot be read"),
+        (["{huge}", "--base", "{base}", "--images", "{pictures}", "--pool", "8"], "not finite with this LoRA"),
+        (["{huge}", "--base", "{base}", "--encoders", "{encoders}"], "not finite with this LoRA"),
+        (["{lora}", "--base", "{base}", "--encoders", "{damaged}"], "train them again"),
+        (["{pickle}", "--base", "{base}"], "pickle"),
     ],
 )
 def test_bad_audits_end_with_one_line(
-    tiny_sd: Callable[..., Path], lora: Path, pictures: Path, tmp_path: Path, capsys: Any, arguments: list[str], says: str
-) -> None:
-    words = {"missing": tmp_path / "no.safetensors", "lora": lora, "base": tiny_sd(), "pictures": pictures}
+    tiny_sd: Callable[..., Path], tiny_model: Any, lora: Path, pictures: Path, encoders: Path, tmp_path: Path, capsys: Any,
+    arguments: list[str], says: str,
+) -> None:  # fmt: skip
+    words = {name: tmp_path / name for name in ("empty", "broken", "damaged", "huge", "pickle.bin")}
+    words |= {"missing": tmp_path / "no.safetensors", "lora": lora, "base": tiny_sd(), "pictures": pictures, "encoders": encoders}
+    for name in ("empty", "huge"):
+        words[name].mkdir()
+    shutil.copytree(pictures, words["broken"])
+    (words["broken"] / "2.png").write_bytes((pictures / "2.png").read_bytes()[:40])
+    shutil.copytree(encoders, words["damaged"])
+    (words["damaged"] / "space.safetensors").write_bytes(b"nothing")
+    huge = {name: (a, b * 1e30) for name, (a, b) in random_lora(tiny_model).items()}
+    keys.write(huge, words["huge"] / "x.safetensors")
+    words["pickle"] = words.pop("pickle.bin")
+    words["pickle"].write_bytes(b"PK")
     given = [item.format(**words) for item in arguments]
     assert run(["leakage", "audit", *given, "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -198,12 +218,28 @@ def test_a_private_lora_states_what_it_cost(tiny_sd: Callable[..., Path], pictur
     again = spent(sigma=cost["dp_sigma"], rate=cost["dp_rate"], steps=cost["steps"], delta=cost["dp_delta"])
     assert again == pytest.approx(cost["dp_epsilon"])
     assert (tmp_path / "dp" / "pytorch_lora_weights.safetensors").is_file()
+    # Nothing that is a function of the pictures and was not accounted for: no loss, no hash of them.
+    assert "loss" not in cost
+    written = json.loads((tmp_path / "dp" / "manifest.json").read_text())
+    assert set(written["inputs"]) == {"model"}
+    # One step that nobody may join is a run as well.
+    few = ["--steps", 1, "--set", "batch_size=1", "--dp-epsilon", 5]
+    assert said(capsys, "adapt", tiny_sd(), "--method", "lora", *few, "-o", tmp_path / "one", *common)[0] == 0
     for method in ("full", "dreambooth", "textual-inversion"):
         assert (
             run([str(x) for x in ("adapt", tiny_sd(), "--method", method, "--dp-epsilon", 5, "-o", tmp_path / "no", *common)])
             == 2
         )
         assert "--method lora" in capsys.readouterr().err
-    assert run([str(x) for x in ("adapt", tiny_sd(), "--method", "lora", "--dp-epsilon", 0, "-o", tmp_path / "no", *common)]) == 2
-    assert "above zero" in capsys.readouterr().err
+    for wrong, why in (
+        (["--dp-epsilon", 0], "above zero"), (["--dp-epsilon", "nan"], "above zero"), (["--dp-epsilon", 1e-9], "larger epsilon"),
+        (["--dp-epsilon", 5, "--dp-clip", "inf"], "finite number above zero"),
+        (["--dp-epsilon", 5, "--dp-delta", 1], "between 0 and 1"),
+        (["--dp-epsilon", 5, "--class-prompt", "a dog"], "leave it out"),
+    ):  # fmt: skip
+        given = ("adapt", tiny_sd(), "--method", "lora", *wrong, "-o", tmp_path / "no", *common)
+        assert run([str(x) for x in given]) == 2
+        error = capsys.readouterr().err
+        assert why in error
+        assert error.count("\n") == 1
     assert not (tmp_path / "no").exists()

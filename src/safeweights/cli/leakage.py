@@ -73,6 +73,8 @@ def audit(
         check_target(output, overwrite)
         if non_members is not None and images is None:
             raise UserError("--non-members is compared with --images; give the training pictures too")
+        if images is not None and non_members is not None and images.expanduser().resolve() == non_members.expanduser().resolve():
+            raise UserError("--images and --non-members are one folder; give pictures that were not trained on as the latter")
         paths = [keys.find(path) for path in lora]
         folder = encoders or sandbox_encoders(base)
         model = open_model(base, device=device, dtype=dtype)

@@ -43,10 +43,20 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         embedder_name="none",
         generator_steps=2,
         pictures_each=2,
+        drawing_steps=2,
         workspace=Workspace(folder / "w"),
     )
     assert {trust.encoder for trust in found.trusts} == {"functional", "gram", "spectrum"}
     assert all(arm.found.rank == 0.5 for arm in judged["functional"].direct_arms if arm.name == "prior mean")
+    # Both paths have their controls, and the false alarms are known by kind of null.
+    assert {arm.name for arm in judged["functional"].drawn_arms} < {arm.name for arm in judged["functional"].direct_arms}
+    matched = "same spectrum, random directions"
+    for trust in found.trusts:
+        assert set(trust.controls) == set(trust.direct_controls or {})
+        assert (matched in trust.controls) == (trust.encoder != "spectrum")
+        assert trust.null_kinds is not None
+        assert {kind: n for kind, (_, n) in trust.null_kinds.items()} == {"null-pixels": 2, "null-samples": 2, "null-stripes": 2}
+        assert trust.flagged_nulls[1] == 6
     found.save(folder / "out")
     again = Encoders.load(folder / "out")
     item = [random_lora(tiny_model)]

@@ -35,6 +35,12 @@ def canonical(a: Tensor, b: Tensor) -> Token:
     return Token(u * sign, s, v * sign)
 
 
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Those of ``b @ a``, falling, for one adapter or a batch of them (n, r, in), (n, out, r); float64."""
+    found: Tensor = torch.linalg.svdvals(torch.linalg.qr(b.double())[1] @ torch.linalg.qr(a.double().mT)[1].mT)
+    return found
+
+
 def tokens(factors: Factors) -> dict[str, Token]:
     """The canonical form of every layer."""
     return {name: canonical(a, b) for name, (a, b) in factors.items()}

@@ -80,7 +80,7 @@ def encoders(bench: Bench) -> dict[str, Any]:
         bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
         generator_steps=bench.options.generator_steps,
     )  # fmt: skip
-    given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if value is not None}
+    given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only")}
     found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
     found.save(bench.out / "encoders")
     sheet(bench, found, population, {name: item.pictures for name, item in judged.items()})

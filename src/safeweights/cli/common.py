@@ -45,14 +45,14 @@ def speaking(as_json: bool) -> Iterator[Show]:
         yield show
 
 
-def full_command(context: Any, **effective: Any) -> list[str]:
+def full_command(context: Any) -> list[str]:
     """The command that ``context`` (typer's) runs, with every option that decides its result, so that it can be given again.
 
-    ``effective`` replaces options whose value was settled while running. Read from the command itself: none can be left out.
+    Read from the command itself, defaults too: none can be left out.
     """
     words: list[str] = context.command_path.split()
     for parameter in context.command.params:
-        value = effective.get(str(parameter.name), context.params.get(str(parameter.name)))
+        value = context.params.get(str(parameter.name))
         if parameter.name in ("overwrite", "resume", "as_json", "help") or value is None or value is False:
             continue
         values = list(value) if isinstance(value, list | tuple) else [value]

@@ -145,6 +145,8 @@ def audit(
     found.finding = decide(
         encoders.trusts if encoders else [], found.answers, membership=found.membership, copies=found.copies, missing=missing
     )
+    if found.warnings and found.finding.verdict == "not shown":
+        found.finding = replace(found.finding, why=f"{found.finding.why}; its header does, see the warning")
     found.plots.insert(0, _spectra(says))
     return found
 

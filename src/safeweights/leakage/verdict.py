@@ -171,7 +171,7 @@ def decide(
                 f"kind (copy score {copies.score:.3f}, p {copies.p:.3f} over exchanged labels)",
                 power,
             )
-    return Finding("not shown", "nothing that was tried tells who or what it was trained on, at this power", power)
+    return Finding("not shown", "nothing that was tried on the weights tells who or what it was trained on, at this power", power)
 
 
 def _power(trusts: Sequence[Trust], lengths: Mapping[str, Sequence[float]], passed: Sequence[Trust], missing: str) -> str:

@@ -385,6 +385,10 @@ def test_encoders_learn_what_is_there(tiny_model: Any) -> None:
         tried = None if steps is None else [40] * 6
         turned = [{name: (-a, -b) for name, (a, b) in refactor(item).items()} for item in test]
         assert torch.allclose(found.predict(test, tried), found.predict(turned, tried), atol=1e-3)
+        # Who else is asked makes no difference.
+        large = {name: (a, b * 50) for name, (a, b) in test[1].items()}
+        together = found.predict([test[0], large], None if steps is None else [40] * 2)
+        assert torch.allclose(together[:1], found.predict(test[:1], None if steps is None else [40]), atol=1e-4)
     blind = Spectrum.fit(train, torch.tensor([[float(i)] for i in range(18)]))
     assert blind.predict(test).shape == (6, 1)
 

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_leakage_parts import Colours, random_lora
+from test_leakage_parts import Colours, random_lora, trust
 
 from safeweights.cli.main import run
 from safeweights.core.workspace import Workspace
 from safeweights.leakage import keys
+from safeweights.leakage.controls import Arm
 from safeweights.leakage.factory import Plan
-from safeweights.leakage.train import Encoders, train
+from safeweights.leakage.metrics import retrieval
+from safeweights.leakage.train import Encoders, Judged, train
 from safeweights.records.store import gather
 
 
@@ -46,17 +48,17 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         drawing_steps=2,
         workspace=Workspace(folder / "w"),
     )
-    assert {trust.encoder for trust in found.trusts} == {"functional", "gram", "spectrum"}
+    assert {known.encoder for known in found.trusts} == {"functional", "gram", "spectrum"}
     assert all(arm.found.rank == 0.5 for arm in judged["functional"].direct_arms if arm.name == "prior mean")
     # Both paths have their controls, and the false alarms are known by kind of null.
     assert {arm.name for arm in judged["functional"].drawn_arms} < {arm.name for arm in judged["functional"].direct_arms}
     matched = "same spectrum, random directions"
-    for trust in found.trusts:
-        assert set(trust.controls) == set(trust.direct_controls or {})
-        assert (matched in trust.controls) == (trust.encoder != "spectrum")
-        assert trust.null_kinds is not None
-        assert {kind: n for kind, (_, n) in trust.null_kinds.items()} == {"null-pixels": 2, "null-samples": 2, "null-stripes": 2}
-        assert trust.flagged_nulls[1] == 6
+    for known in found.trusts:
+        assert set(known.controls) == set(known.direct_controls or {})
+        assert (matched in known.controls) == (known.encoder != "spectrum")
+        assert known.null_kinds is not None
+        assert {kind: n for kind, (_, n) in known.null_kinds.items()} == {"null-pixels": 2, "null-samples": 2, "null-stripes": 2}
+        assert known.flagged_nulls[1] == 6
     found.save(folder / "out")
     again = Encoders.load(folder / "out")
     item = [random_lora(tiny_model)]
@@ -198,15 +200,22 @@ def test_the_encoders_hold_the_whole_command(tmp_path: Path, capsys: Any, monkey
 
     facts: dict[str, Any] = {}
 
+    found = retrieval(torch.eye(4), range(4), permutations=10)
+    arm = Arm("prior mean", found, "chance")
+    judged = Judged("functional", found, found, (arm,), (arm,), torch.zeros(0), torch.zeros(0))
+
     def instead(*_: Any, **__: Any) -> Any:
-        return SimpleNamespace(facts=facts, trusts=[], save=lambda folder: None), None, {}
+        trusts = [trust(), trust(encoder="spectrum")]
+        return SimpleNamespace(facts=facts, trusts=trusts, save=lambda folder: None), None, {"functional": judged}
 
     monkeypatch.setattr(module, "train", instead)
-    assert (
-        run(["leakage", "train", "--base", "sandbox", "--tests", "30", "--device", "cpu", "-o", str(tmp_path / "out"), "--json"])
-        == 0
+    code, data = said(
+        capsys, "leakage", "train", "--base", "sandbox", "--tests", 30, "--device", "cpu", "-o", tmp_path / "out", "--json"
     )
-    capsys.readouterr()
+    assert code == 0
+    assert data["encoders"]["functional"]["passed"]
+    assert "norms" in data["encoders"]["spectrum"]["doubt"]
+    assert data["controls"]["functional"]["generator"] == {"prior mean": 1.0}
     command = facts["command"]
     assert command[:3] == ["safeweights", "leakage", "train"]
     for name, value in (
@@ -219,6 +228,7 @@ def test_the_encoders_hold_the_whole_command(tmp_path: Path, capsys: Any, monkey
     # Given again as it stands, it is the same command.
     assert run([*command[1:], "--overwrite"]) == 0
     assert facts["command"] == command
+    assert "not trusted: spectrum" in capsys.readouterr().out
 
 
 def test_a_private_lora_states_what_it_cost(tiny_sd: Callable[..., Path], pictures: Path, tmp_path: Path, capsys: Any) -> None:

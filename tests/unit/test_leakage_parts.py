@@ -465,6 +465,14 @@ def test_the_probe_reads_directions_and_no_norms(tiny_model: Any) -> None:
         assert max(lengths) == pytest.approx(min(lengths), rel=1e-4)
     assert rank(test) > 0.75
     assert rank(equal) > 0.7
+    # What is unlike every training adapter is not read as strongly as what is like them.
+    alike, unlike = probe.ask(tiny_model, test), torch.randn(16, 2, *tiny_model.latent_shape, generator=rng(9))
+    assert float(fitted.likeness(alike).median()) > float(fitted.likeness(unlike).max())
+    assert torch.allclose(fitted.likeness(probe.ask(tiny_model, train)), torch.ones(32), atol=1e-5)
+    again = Functional.from_tensors(fitted.tensors())
+    assert torch.allclose(again.likeness(alike), fitted.likeness(alike), atol=1e-5)
+    old = Functional.from_tensors({key: fitted.tensors()[key] for key in ("weight", "offset")})
+    assert torch.equal(old.likeness(alike), torch.ones(16))
     blind = [random_directions(item, seed=row) for row, item in enumerate(test)]
     for a, b in zip(test, blind, strict=True):
         for name in a:

@@ -21,7 +21,7 @@ from safeweights.leakage.canonical import effective_rank, norm, tokens
 from safeweights.leakage.generator import reconstruct
 from safeweights.leakage.membership import Copies, Membership, copied, judge, losses
 from safeweights.leakage.metrics import cosines, percentile_ranks
-from safeweights.leakage.train import Encoders, embed_pictures, lengths
+from safeweights.leakage.train import Encoders, embed_pictures
 from safeweights.leakage.verdict import Finding, decide
 from safeweights.models.vision import Embedder
 from safeweights.records.record import Measurement
@@ -210,11 +210,17 @@ def _ask(
         [adapters] if len(keys.layers_of(files)) == len({name for item in adapters for name in item}) else [[a] for a in adapters]
     )
     answers: dict[str, Tensor] = {}
+    asked = torch.cat([encoders.probe.ask(model, group) for group in groups])
     for name in encoders.names:
-        answers[name] = torch.cat([encoders.predict(name, model, group) for group in groups])
+        probed = asked if name == "functional" else None
+        answers[name] = (
+            encoders.predict(name, model, adapters, answers=probed)
+            if probed is not None
+            else torch.cat([encoders.predict(name, model, group) for group in groups])
+        )
         if not torch.isfinite(answers[name]).all():
             raise UserError(TOO_LARGE.format(files[int((~torch.isfinite(answers[name]).all(1)).nonzero()[0])].path))
-        found.answers[name] = [round(float(value), 6) for value in lengths(answers[name])]
+        found.answers[name] = [round(float(value), 6) for value in encoders.strength(name, answers[name], probed)]
         known = next((trust for trust in encoders.trusts if trust.encoder == name), None)
         for file, value in zip(files, found.answers[name], strict=True):
             found.measurements.append(

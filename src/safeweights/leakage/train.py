@@ -137,6 +137,14 @@ class Encoders:
             raise UserError(f"this folder holds no {name} encoder")
         return found.predict(adapters)
 
+    def strength(self, name: str, said: Tensor, answers: Tensor | None = None) -> Tensor:
+        """How much an encoder reads of somebody (n,): its answers' length from the mean, near 0 where it reads nobody.
+
+        With the probe's ``answers`` times the likeness to adapters of a subject, since what is like none of them is not read.
+        """
+        length = lengths(said)
+        return length * self.functional.likeness(answers).double() if name == "functional" and answers is not None else length
+
     @property
     def names(self) -> list[str]:
         """The encoders here, the simplest first."""
@@ -442,7 +450,11 @@ def trust(
     alarms counted over all of them are, if anything, too many.
     """
     kinds = {
-        split: lengths(encoders.predict(judged.name, model, population.factors(split), answers=answers[split]))
+        split: encoders.strength(
+            judged.name,
+            encoders.predict(judged.name, model, population.factors(split), answers=answers[split]),
+            answers[split],
+        )
         for split in population.nulls
     }
     # Every other one, so that all kinds are in both halves.
@@ -456,7 +468,7 @@ def trust(
         )
         for split, part in kinds.items()
     }
-    flagged = lengths(judged.answers)
+    flagged = encoders.strength(judged.name, judged.answers, answers["test"])
     # A threshold that nothing set is out of reach, and stays a number in the file.
     threshold = max(known) if known else float(flagged.max())
     return Trust(

@@ -3,8 +3,8 @@
 Identity: an encoder is trusted when its mean percentile rank on people it never saw lies above every control of the same path,
 whole intervals compared: pictures of a generator without the audited weights against such pictures of each control, and its own
 estimate against each control's estimate. It must read more than norms and spectra, and flag at most 5 % of adapters that show
-nobody. The best trusted encoder then judges a file by how far its answer lies from the mean, against the answers for adapters
-that show nobody.
+nobody. The best trusted encoder then judges a file by how far its answer lies from the mean (the probe's encoder: times its
+likeness to adapters of subjects), against the answers for adapters that show nobody.
 
 Images: more pictures are told from others than the false positives allow, or what is read from the weights lies nearer to the
 training pictures than to other pictures of the same subject.

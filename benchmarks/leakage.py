@@ -80,8 +80,8 @@ def encoders(bench: Bench) -> dict[str, Any]:
         bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
         generator_steps=bench.options.generator_steps,
     )  # fmt: skip
-    sizes = ("--adapters", bench.plan.train, "--tests", bench.plan.test)
-    found.facts["command"] = ["python", "benchmarks/leakage.py", *map(str, sizes)]
+    given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only")}
+    found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
     found.save(bench.out / "encoders")
     sheet(bench, found, population, {name: item.pictures for name, item in judged.items()})
     adjusted = holm({name: item.drawn.p for name, item in judged.items()})
@@ -90,11 +90,14 @@ def encoders(bench: Bench) -> dict[str, Any]:
         "encoders": {
             name: {
                 "direct": told(item.direct), "generator": told(item.drawn), "holm": adjusted[name],
-                "controls": {arm.name: {**told(arm.found), "expected": arm.expected} for arm in item.arms},
+                "controls": {
+                    path: {arm.name: {**told(arm.found), "expected": arm.expected} for arm in arms}
+                    for path, arms in (("direct", item.direct_arms), ("generator", item.drawn_arms))
+                },
             }
             for name, item in judged.items()
         },
-        "trust": [{**asdict(trust), "passed": trust.passed} for trust in found.trusts],
+        "trust": [{**asdict(trust), "passed": trust.passed, "doubt": trust.doubt} for trust in found.trusts],
     }  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
         place = [next(i for i, item in enumerate(made) if item.entry.identity == twin.entry.identity) for twin in twins]
         # Other seed, same person: is an answer nearer to its twin's than to any other adapter's?
         result["twins among test adapters"] = told(retrieval(cosines(again, said), place))
-    for split in ("test", "null-samples", "null-pixels"):
+    for split in ("test", *population.nulls):
         for name in found.names:
             values = lengths(found.predict(name, bench.model, population.factors(split)))
             result[f"answer length, {name}, {split}"] = [float(values.quantile(q)) for q in (0.05, 0.5, 0.95)]
@@ -292,7 +295,7 @@ def tokens(bench: Bench) -> dict[str, Any]:
 
 def speed(bench: Bench) -> dict[str, Any]:
     """Seconds for each adapter and step: the bank against one adapter at a time."""
-    entries = bench.plan.entries(bench.source.template, len(bench.source))[:16]
+    entries = bench.plan.entries(bench.source.template, len(bench.source), bench.source.nulls)[:16]
     lessons = [
         Lesson(
             model=bench.model, adapter=bench.plan.adapter(), shots=shots_of(bench.model, bench.source, entry), batch_size=2,
@@ -367,8 +370,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--only", default=",".join(STAGES))
     for name, value in (
-        ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 40), ("generator-steps", 800), ("members", 40), ("drawn", 40),
-        ("token-steps", 300), ("private", 20), ("vnae-steps", 400),
+        ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 100), ("generator-steps", 800), ("members", 40),
+        ("drawn", 40), ("token-steps", 300), ("private", 20), ("vnae-steps", 400),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()

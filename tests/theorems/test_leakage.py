@@ -220,3 +220,61 @@ def test_defences_do_what_they_say(tiny_model: Any) -> None:
     phi = phi_of(item)
     again = factors_of(phi, scale=2.0)
     assert all(torch.equal(again[name][1], 2 * item[name][1]) for name in item)
+
+
+def test_a_bank_beside_a_convolution_is_the_merged_weight(tiny_model: Any) -> None:
+    """Two adapters beside a 3x3 and a strided convolution, in one batch, against weights with the update added."""
+    from safeweights.diffusion.adaptation import at
+
+    named = dict(tiny_model.named_parameters())
+    names = [name for name, value in named.items() if name.startswith("unet.") and value.ndim == 4][:4]
+    names += [name for name, value in named.items() if "downsamplers" in name and value.ndim == 4][:1]
+    items = []
+    for row in range(2):
+        draw = rng(row)
+        items.append(
+            {
+                name: (
+                    torch.randn(2, named[name][0].numel(), generator=draw),
+                    torch.randn(len(named[name]), 2, generator=draw) * 0.05,
+                )
+                for name in names
+            }
+        )
+    x, t = torch.randn(4, *tiny_model.latent_shape, generator=rng(7)), torch.tensor([300] * 4)
+    c = tiny_model.embed(["a dog"])
+    for rows in (torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 0, 1])):
+        with torch.no_grad(), bank_on(tiny_model, stack_of([phi_of(item) for item in items]), rows):
+            found = tiny_model.eps(x, t, c)
+        for place, row in enumerate(rows.tolist()):
+            merged = {name: named[name] + (b @ a).view_as(named[name]) for name, (a, b) in items[row].items()}
+            with torch.no_grad(), at(tiny_model, merged):
+                wanted = tiny_model.eps(x[place : place + 1], t[:1], c)
+            assert torch.allclose(found[place], wanted[0], atol=1e-3)
+            assert not torch.allclose(found[place], tiny_model.eps(x[place : place + 1], t[:1], c)[0], atol=1e-2)
+
+
+def test_spectra_of_many_adapters_are_those_of_each() -> None:
+    from safeweights.leakage.encoders.spectrum import KEPT, features
+
+    items = adapters_like(3, ranks=(2, 5), seed=3)
+    layers = [*items[0], "absent"]
+    found = features(items, layers).view(3, len(layers), KEPT + 1)
+    for row, item in enumerate(items):
+        for place, name in enumerate(items[0]):
+            a, b = item[name]
+            s = torch.linalg.svdvals((b @ a).double())[: min(KEPT, len(a))].float()
+            wanted = torch.cat([s.square().sum()[None].sqrt(), s, torch.zeros(KEPT - len(s))]).clamp(min=1e-8).log()
+            assert torch.allclose(found[row, place, : len(s) + 1], wanted[: len(s) + 1], atol=1e-4)
+            assert found[row, place, len(s) + 1 :].max() < -15 if len(s) < KEPT else True
+    assert torch.allclose(found[:, -1], torch.tensor(1e-8).log())
+
+
+def test_permutations_count_as_one_by_one() -> None:
+    """Ties among scores, and a gallery larger than the adapters, against a plain loop over permutations."""
+    import numpy as np
+
+    scores, own = torch.randn(6, 9, generator=rng(4)).round(decimals=0), [8, 0, 3, 2, 5, 7]
+    observed, draw = float(percentile_ranks(scores, own).mean()), np.random.default_rng(1)
+    plain = [float(percentile_ranks(scores, draw.permutation(own)).mean()) >= observed - 1e-12 for _ in range(3000)]
+    assert permutation_p(scores, own, permutations=20_000) == pytest.approx(sum(plain) / len(plain), abs=0.04)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_leakage_parts import Colours, random_lora
+from test_leakage_parts import Colours, random_lora, trust
 
 from safeweights.cli.main import run
 from safeweights.core.workspace import Workspace
 from safeweights.leakage import keys
+from safeweights.leakage.controls import Arm
 from safeweights.leakage.factory import Plan
-from safeweights.leakage.train import Encoders, train
+from safeweights.leakage.metrics import retrieval
+from safeweights.leakage.train import Encoders, Judged, train
 from safeweights.records.store import gather
 
 
@@ -32,7 +35,7 @@ class Brightness:
 @pytest.fixture(scope="module")
 def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
-    plan = Plan(train=10, val=0, test=4, twins=0, nulls=4, images=(2,), steps=(2,), checkpoints=(1,), rank=2)
+    plan = Plan(train=10, val=0, test=4, twins=0, nulls=6, images=(2,), steps=(2,), checkpoints=(1,), rank=2)
     judge: Any = Brightness()
     found, _, judged = train(
         tiny_model,
@@ -42,10 +45,20 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         embedder_name="none",
         generator_steps=2,
         pictures_each=2,
+        drawing_steps=2,
         workspace=Workspace(folder / "w"),
     )
-    assert {trust.encoder for trust in found.trusts} == {"functional", "gram", "spectrum"}
-    assert all(arm.found.rank == 0.5 for arm in judged["functional"].arms if arm.name == "prior mean")
+    assert {known.encoder for known in found.trusts} == {"functional", "gram", "spectrum"}
+    assert all(arm.found.rank == 0.5 for arm in judged["functional"].direct_arms if arm.name == "prior mean")
+    # Both paths have their controls, and the false alarms are known by kind of null.
+    assert {arm.name for arm in judged["functional"].drawn_arms} < {arm.name for arm in judged["functional"].direct_arms}
+    matched = "same spectrum, random directions"
+    for known in found.trusts:
+        assert set(known.controls) == set(known.direct_controls or {})
+        assert (matched in known.controls) == (known.encoder != "spectrum")
+        assert known.null_kinds is not None
+        assert {kind: n for kind, (_, n) in known.null_kinds.items()} == {"null-pixels": 2, "null-samples": 2, "null-stripes": 2}
+        assert known.flagged_nulls[1] == 6
     found.save(folder / "out")
     again = Encoders.load(folder / "out")
     item = [random_lora(tiny_model)]
@@ -107,24 +120,22 @@ def test_an_audit_with_encoders_asks_them(
     assert len(gather(tmp_path / "out")[0].artefacts) == 8
 
 
-def test_a_header_that_names_people_is_enough(tiny_model: Any, tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    told = {"ss_tag_frequency": json.dumps({"10_jane doe": {"jane doe": 12}})}
+def test_a_header_that_names_people_is_told_and_is_no_verdict(
+    tiny_model: Any, tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    told = {"ss_tag_frequency": json.dumps({"10_jane doe": {"jane doe": 12}}), "ss_output_dir": "/home/bob/loras"}
     keys.write(random_lora(tiny_model), tmp_path / "x.safetensors", metadata=told)
-    code, data = said(
-        capsys,
-        "leakage",
-        "audit",
-        tmp_path / "x.safetensors",
-        "--base",
-        tiny_sd(),
-        "--device",
-        "cpu",
-        "-o",
-        tmp_path / "out",
-        "--json",
-    )
-    assert (code, data["verdict"]) == (1, "leaks identity")
-    assert "jane doe" in data["why"]
+    arguments = ["leakage", "audit", tmp_path / "x.safetensors", "--base", tiny_sd(), "--device", "cpu"]
+    code, data = said(capsys, *arguments, "-o", tmp_path / "out", "--json")
+    assert (code, data["verdict"]) == (0, "not shown")
+    assert "jane doe" in data["warnings"][0]
+    assert "jane doe" not in data["why"]
+    assert "its header does" in data["why"]
+    assert next(entry["value"] for entry in data["measurements"] if entry["name"] == "header_entries_that_tell") == 2
+    assert run([str(item) for item in (*arguments, "-o", tmp_path / "again")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("not shown")
+    assert lines[1].startswith("warning: the header of")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +145,31 @@ def test_a_header_that_names_people_is_enough(tiny_model: Any, tiny_sd: Callable
         (["{lora}", "--base", "{base}", "--non-members", "{pictures}"], "--images"),
         (["{lora}", "--base", "{base}", "--encoders", "{pictures}"], "holds no encoders"),
         (["{pictures}", "--base", "{base}"], "holds no LoRA"),
+        (["{lora}", "--base", "{base}", "--images", "{pictures}", "--non-members", "{pictures}"], "are one folder"),
+        (["{lora}", "--base", "{base}", "--images", "{empty}"], "holds no pictures"),
+        (["{lora}", "--base", "{base}", "--images", "{broken}"], "2.png cannot be read"),
+        (["{huge}", "--base", "{base}", "--images", "{pictures}", "--pool", "8"], "not finite with this LoRA"),
+        (["{huge}", "--base", "{base}", "--encoders", "{encoders}"], "not finite with this LoRA"),
+        (["{lora}", "--base", "{base}", "--encoders", "{damaged}"], "train them again"),
+        (["{pickle}", "--base", "{base}"], "pickle"),
     ],
 )
 def test_bad_audits_end_with_one_line(
-    tiny_sd: Callable[..., Path], lora: Path, pictures: Path, tmp_path: Path, capsys: Any, arguments: list[str], says: str
-) -> None:
-    words = {"missing": tmp_path / "no.safetensors", "lora": lora, "base": tiny_sd(), "pictures": pictures}
+    tiny_sd: Callable[..., Path], tiny_model: Any, lora: Path, pictures: Path, encoders: Path, tmp_path: Path, capsys: Any,
+    arguments: list[str], says: str,
+) -> None:  # fmt: skip
+    words = {name: tmp_path / name for name in ("empty", "broken", "damaged", "huge", "pickle.bin")}
+    words |= {"missing": tmp_path / "no.safetensors", "lora": lora, "base": tiny_sd(), "pictures": pictures, "encoders": encoders}
+    for name in ("empty", "huge"):
+        words[name].mkdir()
+    shutil.copytree(pictures, words["broken"])
+    (words["broken"] / "2.png").write_bytes((pictures / "2.png").read_bytes()[:40])
+    shutil.copytree(encoders, words["damaged"])
+    (words["damaged"] / "space.safetensors").write_bytes(b"nothing")
+    huge = {name: (a, b * 1e30) for name, (a, b) in random_lora(tiny_model).items()}
+    keys.write(huge, words["huge"] / "x.safetensors")
+    words["pickle"] = words.pop("pickle.bin")
+    words["pickle"].write_bytes(b"PK")
     given = [item.format(**words) for item in arguments]
     assert run(["leakage", "audit", *given, "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -153,8 +183,52 @@ def test_train_for_another_base_says_what_it_needs(tiny_sd: Callable[..., Path],
     assert "--images DIR" in capsys.readouterr().err
     assert run(["leakage", "train", "--base", "sandbox", "--prompt", "no slot", "-o", str(tmp_path / "out")]) == 2
     assert "{}" in capsys.readouterr().err
+    given = ["--images", str(tmp_path), "--embedder", "none"]
+    assert run(["leakage", "train", "--base", "sandbox", "--null-images", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "goes with --images" in capsys.readouterr().err
+    assert run(["leakage", "train", "--base", "sandbox", *given, "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert run(["leakage", "train", "--base", "sandbox", "--adapters", "3000", "-o", str(tmp_path / "out")]) == 2
     assert "smaller --adapters" in capsys.readouterr().err
+
+
+def test_the_encoders_hold_the_whole_command(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Every option of `leakage train` that decides its result stands in encoders.json, also where its default was taken."""
+    from types import SimpleNamespace
+
+    import safeweights.leakage.train as module
+
+    facts: dict[str, Any] = {}
+
+    found = retrieval(torch.eye(4), range(4), permutations=10)
+    arm = Arm("prior mean", found, "chance")
+    judged = Judged("functional", found, found, (arm,), (arm,), torch.zeros(0), torch.zeros(0))
+
+    def instead(*_: Any, **__: Any) -> Any:
+        trusts = [trust(), trust(encoder="spectrum")]
+        return SimpleNamespace(facts=facts, trusts=trusts, save=lambda folder: None), None, {"functional": judged}
+
+    monkeypatch.setattr(module, "train", instead)
+    code, data = said(
+        capsys, "leakage", "train", "--base", "sandbox", "--tests", 30, "--device", "cpu", "-o", tmp_path / "out", "--json"
+    )
+    assert code == 0
+    assert data["encoders"]["functional"]["passed"]
+    assert "norms" in data["encoders"]["spectrum"]["doubt"]
+    assert data["controls"]["functional"]["generator"] == {"prior mean": 1.0}
+    command = facts["command"]
+    assert command[:3] == ["safeweights", "leakage", "train"]
+    for name, value in (
+        ("--base", "sandbox"), ("--adapters", "300"), ("--tests", "30"), ("--nulls", "100"), ("--steps", "40"),
+        ("--generator-steps", "800"), ("--together", "16"), ("--seed", "0"), ("--prompt", "a picture of a {} person"),
+    ):  # fmt: skip
+        assert command[command.index(name) + 1] == value
+    assert not {"--json", "--resume", "--overwrite"} & set(command)
+    assert "--embedder" not in command  # the sandbox's own: no path of this machine
+    # Given again as it stands, it is the same command.
+    assert run([*command[1:], "--overwrite"]) == 0
+    assert facts["command"] == command
+    assert "not trusted: spectrum" in capsys.readouterr().out
 
 
 def test_a_private_lora_states_what_it_cost(tiny_sd: Callable[..., Path], pictures: Path, tmp_path: Path, capsys: Any) -> None:
@@ -170,12 +244,28 @@ def test_a_private_lora_states_what_it_cost(tiny_sd: Callable[..., Path], pictur
     again = spent(sigma=cost["dp_sigma"], rate=cost["dp_rate"], steps=cost["steps"], delta=cost["dp_delta"])
     assert again == pytest.approx(cost["dp_epsilon"])
     assert (tmp_path / "dp" / "pytorch_lora_weights.safetensors").is_file()
+    # Nothing that is a function of the pictures and was not accounted for: no loss, no hash of them.
+    assert "loss" not in cost
+    written = json.loads((tmp_path / "dp" / "manifest.json").read_text())
+    assert set(written["inputs"]) == {"model"}
+    # One step that nobody may join is a run as well.
+    few = ["--steps", 1, "--set", "batch_size=1", "--dp-epsilon", 5]
+    assert said(capsys, "adapt", tiny_sd(), "--method", "lora", *few, "-o", tmp_path / "one", *common)[0] == 0
     for method in ("full", "dreambooth", "textual-inversion"):
         assert (
             run([str(x) for x in ("adapt", tiny_sd(), "--method", method, "--dp-epsilon", 5, "-o", tmp_path / "no", *common)])
             == 2
         )
         assert "--method lora" in capsys.readouterr().err
-    assert run([str(x) for x in ("adapt", tiny_sd(), "--method", "lora", "--dp-epsilon", 0, "-o", tmp_path / "no", *common)]) == 2
-    assert "above zero" in capsys.readouterr().err
+    for wrong, why in (
+        (["--dp-epsilon", 0], "above zero"), (["--dp-epsilon", "nan"], "above zero"), (["--dp-epsilon", 1e-9], "larger epsilon"),
+        (["--dp-epsilon", 5, "--dp-clip", "inf"], "finite number above zero"),
+        (["--dp-epsilon", 5, "--dp-delta", 1], "between 0 and 1"),
+        (["--dp-epsilon", 5, "--class-prompt", "a dog"], "leave it out"),
+    ):  # fmt: skip
+        given = ("adapt", tiny_sd(), "--method", "lora", *wrong, "-o", tmp_path / "no", *common)
+        assert run([str(x) for x in given]) == 2
+        error = capsys.readouterr().err
+        assert why in error
+        assert error.count("\n") == 1
     assert not (tmp_path / "no").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,15 +16,15 @@ from safeweights.core.errors import UserError
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import ATTENTION, Adapter
 from safeweights.leakage import controls, keys
-from safeweights.leakage.canonical import factors_of
-from safeweights.leakage.defences import refactor
-from safeweights.leakage.encoders.functional import Probe
+from safeweights.leakage.canonical import factors_of, norm
+from safeweights.leakage.defences import random_directions, refactor
+from safeweights.leakage.encoders.functional import Functional, Probe
 from safeweights.leakage.encoders.spectrum import Spectrum
 from safeweights.leakage.encoders.tokens import Tokens
 from safeweights.leakage.encoders.vnae import VNAE
-from safeweights.leakage.factory import Plan, make
+from safeweights.leakage.factory import Plan, make, shots_of
 from safeweights.leakage.generator import Taught, reconstruct, slot_of, teach
-from safeweights.leakage.membership import Losses, judge, losses
+from safeweights.leakage.membership import Losses, copied, judge, losses
 from safeweights.leakage.metrics import cosines, retrieval
 from safeweights.leakage.sources import Drawn, Folders
 from safeweights.leakage.train import Encoders, Space, threshold_of
@@ -43,7 +44,7 @@ def random_lora(model: Any, seed: int = 1, rank: int = 2) -> dict[str, tuple[tor
 class Colours:
     """Pictures of one colour each: an identity is its colour, and small changes from picture to picture."""
 
-    name, template = "colours", "a {} picture"
+    name, template, nulls = "colours", "a {} picture", MappingProxyType({"stripes": "a {} thing"})
 
     def __len__(self) -> int:
         return 40
@@ -52,6 +53,10 @@ class Colours:
         colour = torch.rand(3, generator=rng(identity))[None, :, None, None]
         noise = torch.randn(n + first, 3, 16, 16, generator=rng(1000 + identity))[first:] * 0.05
         return (colour + noise).clamp(0, 1)
+
+    def null_pictures(self, kind: str, seed: int, n: int) -> torch.Tensor:
+        assert kind == "stripes"
+        return (torch.arange(16) // (1 + seed % 4) % 2).float().expand(n, 3, 16, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -167,7 +172,7 @@ def test_bad_files_get_one_clear_line(tiny_model: Any, tmp_path: Path) -> None:
     layer = name.removesuffix(".weight")
 
     def file(**tensors: torch.Tensor) -> Path:
-        save_file(tensors, tmp_path / "bad.safetensors")
+        save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "bad.safetensors")
         return tmp_path / "bad.safetensors"
 
     assert "does not exist" in said(tmp_path / "no.safetensors")
@@ -186,6 +191,83 @@ def test_bad_files_get_one_clear_line(tiny_model: Any, tmp_path: Path) -> None:
     assert "another base model" in said(file(**{"unet.x.to_q.lora_A.weight": a, "unet.x.to_q.lora_B.weight": b}))
     assert "NaN" in said(file(**{f"{layer}.lora_A.weight": a * float("nan"), f"{layer}.lora_B.weight": b}))
     assert "LoHa" in said(file(**{"lora_unet_x.hada_w1_a": a}))
+
+    many = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    assert "more than one adapter" in said(file(**many, **{f"{layer}.lora_A.x.weight": a, f"{layer}.lora_B.x.weight": b}))
+    assert "more than one adapter" in said(file(**many, **{f"base_model.model.{key}": value for key, value in many.items()}))
+    assert "no matrix" in said(file(**{**many, f"{layer}.lora_A.weight": a[0].contiguous()}))
+    assert "no matrix" in said(file(**{**many, f"{layer}.lora_A.weight": a[:0], f"{layer}.lora_B.weight": b[:, :0].contiguous()}))
+    assert "no single finite number" in said(file(**many, **{f"{layer}.alpha": torch.ones(2)}))
+    assert "no single finite number" in said(file(**many, **{f"{layer}.alpha": torch.tensor(float("nan"))}))
+    assert "NaN" in said(file(**{**many, f"{layer}.lora_B.weight": b * 100}, **{f"{layer}.alpha": torch.tensor(3e38)}))
+    assert "DoRA" in said(file(**many, **{f"{layer}.lora_magnitude_vector.weight": a}))
+    assert "a whole model" in said(file(**{"model.diffusion_model.out.weight": a}))
+    (tmp_path / "X.PT").write_bytes(b"PK")
+    assert "pickle" in said(tmp_path / "X.PT")
+    # A name that would write lines and colours of its own.
+    evil = said(file(**{"unet.\x1b[31mx\nverdict: fine.lora_A.weight": a, "unet.\x1b[31mx\nverdict: fine.lora_B.weight": b}))
+    assert evil.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("[]", "cannot be read"), ("{", "cannot be read"), ('{"lora_alpha": "much"}', "is no number"),
+        ('{"alpha_pattern": 3}', "is no number"), ('{"lora_alpha": 1e999}', "is no number"),
+    ],
+)  # fmt: skip
+def test_bad_settings_of_a_lora_get_one_clear_line(tiny_model: Any, tmp_path: Path, config: str, says: str) -> None:
+    keys.write(random_lora(tiny_model), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=says):
+        keys.read(tmp_path, tiny_model)
+    (tmp_path / "adapter_config.json").unlink()
+    keys.write(random_lora(tiny_model), tmp_path / "own.safetensors", metadata={"lora_adapter_metadata": "[1]"})
+    with pytest.raises(UserError, match="in its header"):
+        keys.read(tmp_path / "own.safetensors", tiny_model)
+
+
+def test_peft_scales_by_the_root_of_the_rank_where_it_says_so(tiny_model: Any, tmp_path: Path) -> None:
+    factors = random_lora(tiny_model)
+    keys.write(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "use_rslora": True}))
+    name = next(iter(factors))
+    assert torch.allclose(keys.read(tmp_path, tiny_model).factors[name][1], factors[name][1] * 4 / 2**0.5)
+
+
+def test_other_tensors_beside_the_factors_are_named(tiny_model: Any, tmp_path: Path) -> None:
+    keys.write(random_lora(tiny_model), tmp_path / "x.safetensors")
+    from safetensors.torch import load_file
+
+    save_file({**load_file(tmp_path / "x.safetensors"), "bundle_emb.jane": torch.ones(2, 4)}, tmp_path / "y.safetensors")
+    assert keys.read(tmp_path / "y.safetensors", tiny_model).ignored == ("bundle_emb.jane",)
+
+
+def test_a_hostile_header_is_read_quickly_and_told_on_one_line(tiny_model: Any, tmp_path: Path) -> None:
+    """10 MB without an @ for a slow pattern, counts that are no numbers, escapes, deep JSON, thousands of entries."""
+    import time
+
+    metadata = {
+        "ss_training_comment": "a" * 10_000_000, "ss_output_name": "jane\x1b[2J\nnot shown: all is well\u202e",
+        "ss_num_train_images": "²", "num_images": "9" * 5000, "ss_dataset_dirs": "[" * 100_000,
+        "ss_caption_dropout_rate": "0.0", "modelspec.thumbnail": "data:image/jpeg;base64,AAAA",
+        **{f"contact{i}": f"someone{i}@example.org" for i in range(3000)},
+    }  # fmt: skip
+    keys.write(random_lora(tiny_model), tmp_path / "x.safetensors", metadata=metadata)
+    started = time.perf_counter()
+    read = keys.read(tmp_path / "x.safetensors", tiny_model)
+    told = keys.telling(read.metadata)
+    assert keys.image_count(read.metadata) is None
+    assert time.perf_counter() - started < 5
+    assert len(told) == keys.TOLD + 1
+    assert told[-1].kind == "size"
+    assert all((entry.key + entry.value).isprintable() and len(entry.value) <= 200 for entry in told)
+    few = keys.telling({key: value for key, value in metadata.items() if not key.startswith("contact")})
+    kinds = {entry.key: entry.kind for entry in few}
+    assert kinds["modelspec.thumbnail"] == "picture"
+    assert "ss_caption_dropout_rate" not in kinds
+    assert keys.image_count({"ss_dataset_dirs": '{"a": {"img_count": 1e999}}'}) is None
+    assert keys.image_count({"ss_dataset_dirs": "[" * 100_000}) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- factory
@@ -207,6 +289,27 @@ def test_the_plan_keeps_people_and_seeds_apart() -> None:
         assert replace(twin, split="test", seed=same.seed) == same
     with pytest.raises(UserError, match="needs 44 people"):
         Plan(train=30, val=4, test=10).entries("a {} person", 43)
+
+
+def test_nulls_are_of_every_kind_that_there_is(tiny_model: Any) -> None:
+    source = Colours()
+    plan = Plan(train=2, val=0, test=2, twins=0, nulls=6, images=(2,))
+    assert Plan().nulls == 100
+    nulls = [item for item in plan.entries(source.template, len(source), source.nulls) if item.identity < 0]
+    assert [item.split for item in nulls] == ["null-pixels", "null-samples", "null-stripes"] * 2
+    assert nulls[2].caption.endswith(" thing")
+    shots = shots_of(tiny_model, source, nulls[2])
+    pictures = source.null_pictures("stripes", nulls[2].seed, 2)
+    assert torch.allclose(shots.x_0, tiny_model.encode(pictures), atol=1e-5)
+    drawn = Drawn(limit=2)
+    assert set(drawn.nulls) == {"styles", "objects"}
+    for kind in drawn.nulls:
+        assert drawn.null_pictures(kind, 5, 2).shape == (2, 3, 64, 64)
+        assert torch.equal(drawn.null_pictures(kind, 5, 2), drawn.null_pictures(kind, 5, 2))
+        assert not torch.equal(drawn.null_pictures(kind, 5, 1), drawn.null_pictures(kind, 6, 1))
+    # The nulls come last, so that a plan with more of them trains nobody again.
+    few, many = (Plan(train=4, test=2, nulls=n).entries("{}", 40)[:-n] for n in (4, 20))
+    assert few == many
 
 
 def test_the_factory_resumes(tiny_model: Any, tmp_path: Path) -> None:
@@ -240,6 +343,14 @@ def test_drawn_people_look_different_and_folders_are_checked(tmp_path: Path) -> 
     assert folders.pictures(0, 0, 1).shape == (1, 3, 16, 16)
     with pytest.raises(UserError, match="holds 1 pictures"):
         folders.pictures(0, 0, 2)
+    folders.check(1, 1, 1)
+    with pytest.raises(UserError, match="2 are needed of every person"):
+        folders.check(1, 2, 1)
+    things = Folders(tmp_path, 16, 16, things=tmp_path)
+    assert set(things.nulls) == {"things"}
+    assert things.null_pictures("things", 7, 1).shape == (1, 3, 16, 16)
+    with pytest.raises(UserError, match="of every thing"):
+        things.check(1, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- encoders
@@ -274,6 +385,10 @@ def test_encoders_learn_what_is_there(tiny_model: Any) -> None:
         tried = None if steps is None else [40] * 6
         turned = [{name: (-a, -b) for name, (a, b) in refactor(item).items()} for item in test]
         assert torch.allclose(found.predict(test, tried), found.predict(turned, tried), atol=1e-3)
+        # Who else is asked makes no difference.
+        large = {name: (a, b * 50) for name, (a, b) in test[1].items()}
+        together = found.predict([test[0], large], None if steps is None else [40] * 2)
+        assert torch.allclose(together[:1], found.predict(test[:1], None if steps is None else [40]), atol=1e-4)
     blind = Spectrum.fit(train, torch.tensor([[float(i)] for i in range(18)]))
     assert blind.predict(test).shape == (6, 1)
 
@@ -330,6 +445,41 @@ def test_controls_are_at_chance_and_crossing_tells_sources_apart() -> None:
     assert controls.explained(controls.residual(mixed, facts), facts["lr"]) < 0.1
 
 
+def test_the_probe_reads_directions_and_no_norms(tiny_model: Any) -> None:
+    """The norm-match control: same spectra in random directions bring the probe's encoder to chance, equal norms do not."""
+    items, hidden = told_apart(tiny_model, 48)
+    # Small, as adapters are, so that predictions change in proportion.
+    items = [{name: (a, b * 0.02) for name, (a, b) in item.items()} for item in items]
+    train, test = items[:32], items[32:]
+    probe = Probe("a dog", levels=(0.5, 0.25), inputs=1)
+    fitted = Functional.fit(probe.ask(tiny_model, train), hidden[:32])
+    centre = hidden[:32].mean(0)
+
+    def rank(adapters: Any) -> float:
+        said = fitted.predict(probe.ask(tiny_model, adapters))
+        return retrieval(cosines(said, hidden[32:], centre), range(16), permutations=20).rank
+
+    equal = controls.norm_equalised(test)
+    for name in test[0]:
+        lengths = [norm(*item[name]) for item in equal]
+        assert max(lengths) == pytest.approx(min(lengths), rel=1e-4)
+    assert rank(test) > 0.75
+    assert rank(equal) > 0.7
+    # What is unlike every training adapter is not read as strongly as what is like them.
+    alike, unlike = probe.ask(tiny_model, test), torch.randn(16, 2, *tiny_model.latent_shape, generator=rng(9))
+    assert float(fitted.likeness(alike).median()) > float(fitted.likeness(unlike).max())
+    assert torch.allclose(fitted.likeness(probe.ask(tiny_model, train)), torch.ones(32), atol=1e-5)
+    again = Functional.from_tensors(fitted.tensors())
+    assert torch.allclose(again.likeness(alike), fitted.likeness(alike), atol=1e-5)
+    old = Functional.from_tensors({key: fitted.tensors()[key] for key in ("weight", "offset")})
+    assert torch.equal(old.likeness(alike), torch.ones(16))
+    blind = [random_directions(item, seed=row) for row, item in enumerate(test)]
+    for a, b in zip(test, blind, strict=True):
+        for name in a:
+            assert norm(*b[name]) == pytest.approx(norm(*a[name]), rel=1e-3)
+    assert abs(rank(blind) - 0.5) < 0.2
+
+
 # ------------------------------------------------------------------------------------------------ membership, verdict
 
 
@@ -350,10 +500,29 @@ def test_an_overfitted_picture_is_a_member(tiny_model: Any) -> None:
     assert next(entry.name for entry in test.measurements()) == "membership_auc"
 
 
+def test_several_files_count_every_picture_once_and_read_with_their_own_words(tiny_model: Any) -> None:
+    x_0, c = torch.randn(3, *tiny_model.latent_shape, generator=rng(3)), tiny_model.embed(["a dog"])
+    one, two = random_lora(tiny_model, seed=1), random_lora(tiny_model, seed=2)
+    alone = [losses(tiny_model, item, x_0, c, levels=2) for item in (one, two)]
+    both = losses(tiny_model, [one, two], x_0, c, levels=2)
+    assert torch.allclose(both.adapted, (alone[0].adapted + alone[1].adapted) / 2, atol=1e-5)
+    assert torch.allclose(both.base, alone[0].base)
+    assert [len(part.base) for part in both.split([1, 2])] == [1, 2]
+    # Factors beside the text encoder change what the prompt says.
+    layer = next(
+        name for name in dict(tiny_model.named_parameters()) if name.startswith("text_") and name.endswith("q_proj.weight")
+    )
+    width = dict(tiny_model.named_parameters())[layer].shape[0]
+    worded = {**one, layer: (torch.randn(2, width, generator=rng(4)), torch.randn(width, 2, generator=rng(5)))}
+    assert torch.allclose(losses(tiny_model, worded, x_0, c, levels=2).adapted, alone[0].adapted)
+    assert not torch.allclose(losses(tiny_model, worded, x_0, c, prompt="a dog", levels=2).adapted, alone[0].adapted)
+
+
 def trust(**values: Any) -> Trust:
     given: dict[str, Any] = {
-        "encoder": "functional", "rank": 0.9, "interval": (0.86, 0.94), "n": 100, "gallery": 100, "controls": {"shuffled": 0.58},
-        "threshold": 1.0, "flagged_nulls": (0, 20), "flagged": (80, 100),
+        "encoder": "functional", "rank": 0.7, "interval": (0.66, 0.76), "n": 100, "gallery": 100, "controls": {"nearest": 0.6},
+        "threshold": 1.0, "flagged_nulls": (0, 100), "flagged": (80, 100), "direct_rank": 0.99, "direct_interval": (0.98, 1.0),
+        "direct_controls": {"nearest": 0.9}, "null_kinds": {"null-styles": (0, 50), "null-objects": (0, 50)},
     }  # fmt: skip
     return Trust(**{**given, **values})
 
@@ -362,19 +531,89 @@ def test_the_verdict_follows_its_rule() -> None:
     assert decide([trust()], {"functional": [1.5]}).verdict == "leaks identity"
     assert decide([trust()], {"functional": [0.9]}).verdict == "not shown"
     assert "80 of 100" in decide([trust()], {"functional": [0.9]}).power
-    # An encoder that is not above every control, or that sees people in noise, may not judge.
-    for untrusted in (trust(interval=(0.5, 0.9)), trust(controls={"x": 0.9}), trust(flagged_nulls=(2, 20))):
-        assert decide([untrusted], {"functional": [9.0]}).verdict == "not shown"
-    assert decide([], {}, told=["ss_tag_frequency: jane"]).verdict == "leaks identity"
+    # An encoder that is not above every control, or that sees people in noise, may not judge, and it is said why.
+    for untrusted, why in (
+        (trust(interval=(0.5, 0.9)), "control 'nearest' reaches 0.600"),
+        (trust(interval=(0.45, 0.9), controls={}), "control 'chance' reaches 0.500"),
+        (trust(controls={"x": 0.66}), "control 'x' reaches 0.660"),
+        (trust(direct_controls={"y": 0.98}), "own estimate"),
+        (trust(flagged_nulls=(6, 100)), "flags 6 of 100"),
+        (trust(flagged_nulls=(0, 0)), "never asked"),
+    ):
+        found = decide([untrusted], {"functional": [9.0]})
+        assert found.verdict == "not shown"
+        assert why in found.power
+        assert "100 adapters among 100 people" in found.power
+    assert Trust.from_json(json.loads(json.dumps(trust().__dict__))) == trust()
+
+
+def test_like_is_compared_with_like() -> None:
+    """Pictures are judged by pictures: a control that estimates well does not count against them, nor the other way round."""
+    assert trust().passed
+    assert trust().interval[0] < max((trust().direct_controls or {}).values())
+    assert not trust(controls={"nearest": 0.7}).passed
+    assert not trust(direct_interval=(0.89, 1.0)).passed
+
+
+def test_encoders_of_an_older_version_may_not_judge() -> None:
+    old = {
+        "encoder": "gram", "rank": 0.99, "interval": [0.98, 1.0], "n": 100, "gallery": 100, "controls": {"nearest": 0.5},
+        "threshold": 1.0, "flagged_nulls": [0, 20], "flagged": [80, 100],
+    }  # fmt: skip
+    read = Trust.from_json(old)
+    assert not read.passed
+    found = decide([read], {"gram": [9.0]})
+    assert found.verdict == "not shown"
+    assert "train the encoders again" in found.power
+
+
+def test_spectra_never_say_who_it_is_and_one_encoder_judges() -> None:
+    assert not trust(encoder="spectrum").passed
+    assert decide([trust(encoder="spectrum")], {"spectrum": [9.0]}).verdict == "not shown"
+    # The better one, as the test people have it, judges alone: the other's false alarms are not added to its own.
+    both = [trust(encoder="gram", interval=(0.62, 0.7)), trust()]
+    assert decide(both, {"gram": [9.0], "functional": [0.5]}).verdict == "not shown"
+    assert decide(both, {"gram": [0.5], "functional": [9.0]}).verdict == "leaks identity"
+    assert "10%" in decide(both, {"gram": [0.5] * 2, "functional": [0.5] * 2}).power
+
+
+def test_images_leak_where_hits_are_no_accident() -> None:
     scores = torch.linspace(0, 1, 200)
     fair = judge([Losses(scores[::20] + 3, scores[::20])], [Losses(scores, scores)], resamples=20)
-    assert decide([], {}, membership=replace(fair, base_interval=(0.4, 0.6))).verdict == "leaks images"
+    fair = replace(fair, base_interval=(0.4, 0.6))
+    assert decide([], {}, membership=fair).verdict == "leaks images"
     unfair = decide([], {}, membership=replace(fair, base_interval=(0.9, 1.0)))
     assert unfair.verdict == "not shown"
     assert "says nothing" in unfair.power
-    assert Trust.from_json(json.loads(json.dumps(trust().__dict__))) == trust()
+    # Few non-members resolve no small rate: 2 of 16 above the highest of 8 is what chance gives.
+    few = replace(fair, members=16, others=8, hits=2)
+    assert few.p == pytest.approx(16 / 24 * 15 / 23)
+    assert few.floor == 1 / 9
+    assert decide([], {}, membership=few).verdict == "not shown"
+    # A few pictures learnt by heart are a leak, whatever the AUC over all of them.
+    heart = replace(fair, members=100, others=200, hits=12, auc=0.52, auc_interval=(0.45, 0.6))
+    assert decide([], {}, membership=heart).verdict == "leaks images"
+
+
+def test_copies_are_told_from_likeness() -> None:
+    trained, held = torch.randn(4, 8, generator=rng(1)), torch.randn(4, 8, generator=rng(2))
+    near = copied(trained + 0.1 * torch.randn(4, 8, generator=rng(3)), trained, held)
+    assert (near.members, near.others) == (4, 4)
+    assert near.p == pytest.approx(1 / 70)
+    assert copied(trained + held, trained, held).p > 0.05
+    # All drawn alike and near to one training picture: one accident, not four.
+    assert copied(trained[:1].expand(4, -1), trained, held).p == pytest.approx(0.5)
+    assert copied(torch.randn(2, 8, generator=rng(4)), torch.cat([trained, trained]), torch.cat([held, held])).p > 0.025
+    member = judge([Losses(torch.ones(4), torch.ones(4))], [Losses(torch.ones(4), torch.ones(4))], resamples=5)
+    assert decide([], {}, membership=member, copies=near).verdict == "leaks images"
+    assert decide([], {}, membership=replace(member, base_interval=(0.9, 1.0)), copies=near).verdict == "not shown"
+
+
+def test_thresholds_leave_a_margin_for_few_nulls() -> None:
     assert threshold_of(torch.arange(20.0)) == 19.0
-    assert threshold_of(torch.arange(200.0)) == 190.0
+    assert threshold_of(torch.arange(50.0)) == 49.0
+    # The 6th highest of 200: P(Binomial(200, 0.05) < 6) is 0.06, and 0.12 for the 7th.
+    assert threshold_of(torch.arange(200.0)) == 194.0
 
 
 def test_encoders_of_nothing_are_refused(tmp_path: Path) -> None:

@@ -77,8 +77,14 @@ def command(
         kind = resolve(ADAPTATIONS, method, "method")
         if dp_epsilon is not None and method != "lora":
             raise UserError(f"--dp-epsilon works with --method lora only; {method} has no per-picture gradients here")
-        if not dp_clip > 0:
-            raise UserError(f"--dp-clip must be above zero, not {dp_clip:g}")
+        if dp_epsilon is not None:
+            from safeweights.leakage.dp import check
+
+            check(epsilon=dp_epsilon, delta=dp_delta, clip=dp_clip)
+            if class_prompt:
+                raise UserError(
+                    "--class-prompt has no part in private training, which learns from your pictures only; leave it out"
+                )
         configure(kind, given)
         file = concept_file(concepts_file, model) if concept else None
         aim = pick(file, [concept])[0] if file and concept else None
@@ -147,9 +153,15 @@ def command(
                 concepts=chosen["concepts"],
                 options=chosen,
                 seed=seed,
-                inputs=inputs,
+                # The hash of private pictures would prove to whoever has them that they were these; a loss is not accounted for.
+                inputs={name: value for name, value in inputs.items() if not (spent and name == "images")},
                 tensors=dict(adapted.phi),
-                cost={"steps": adapted.steps, "loss": adapted.losses[-1], "pictures": len(lesson.captions), **spent},
+                cost={
+                    "steps": adapted.steps,
+                    **({"loss": adapted.losses[-1]} if adapted.losses else {}),
+                    "pictures": len(lesson.captions),
+                    **spent,
+                },
                 seconds=time.perf_counter() - started,
             )
         show(

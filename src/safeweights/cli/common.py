@@ -45,6 +45,25 @@ def speaking(as_json: bool) -> Iterator[Show]:
         yield show
 
 
+def full_command(context: Any) -> list[str]:
+    """The command that ``context`` (typer's) runs, with every option that decides its result, so that it can be given again.
+
+    Read from the command itself, defaults too: none can be left out.
+    """
+    words: list[str] = context.command_path.split()
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in ("overwrite", "resume", "as_json", "help") or value is None or value is False:
+            continue
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            words += map(str, values)
+            continue
+        name = max(parameter.opts, key=len)
+        words += [word for item in values for word in ([name] if item is True else [name, str(item)])]
+    return words
+
+
 def say(text: str, *, always: bool = False) -> None:
     """One line of progress on stderr, for a person; a log gets it only with ``always``, so that errors stand alone there."""
     if always or sys.stderr.isatty():

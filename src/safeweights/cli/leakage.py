@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safeweights.cli import options
-from safeweights.cli.common import hash_of, is_sandbox, say, speaking, workspace_in
+from safeweights.cli.common import full_command, hash_of, is_sandbox, say, speaking, workspace_in
 from safeweights.core.errors import UserError
 from safeweights.release.output import check_target, output_folder, write_json
 
@@ -73,6 +73,8 @@ def audit(
         check_target(output, overwrite)
         if non_members is not None and images is None:
             raise UserError("--non-members is compared with --images; give the training pictures too")
+        if images is not None and non_members is not None and images.expanduser().resolve() == non_members.expanduser().resolve():
+            raise UserError("--images and --non-members are one folder; give pictures that were not trained on as the latter")
         paths = [keys.find(path) for path in lora]
         folder = encoders or sandbox_encoders(base)
         model = open_model(base, device=device, dtype=dtype)
@@ -80,7 +82,7 @@ def audit(
         known, missing = _encoders(folder, model, files, base, given=encoders is not None)
         says = prompt if prompt is not None else str(known.facts["prompt"]) if known else ""
         pictures, members = _pictures(model, images, says)
-        _, others = _pictures(model, non_members, says)
+        unseen, others = _pictures(model, non_members, says)
         chosen: dict[str, Any] = {
             "lora": [str(path) for path in paths], "base": base, "images": str(images) if images else None,
             "non_members": str(non_members) if non_members else None, "prompt": says, "seed": seed,
@@ -91,7 +93,7 @@ def audit(
             say(f"auditing {', '.join(path.name for path in paths)}")
             found = run(
                 files, model, encoders=known, missing=missing, embedder=_embedder(known, folder) if known and images else None,
-                members=members, images=pictures, others=others, prompt=says, pool=pool, seed=seed,
+                members=members, images=pictures, others=others, unseen=unseen, prompt=says, pool=pool, seed=seed,
                 workspace=workspace_in(out.work),
             )  # fmt: skip
             result = _json(found)
@@ -104,6 +106,7 @@ def audit(
 
 @app.command("train")
 def train(
+    context: typer.Context,
     base: Base,
     output: options.Output,
     images: Annotated[
@@ -119,7 +122,17 @@ def train(
     ] = None,
     adapters: Annotated[int, typer.Option("--adapters", min=10, help="Adapters of training people.")] = 300,
     tests: Annotated[int, typer.Option("--tests", min=10, help="Adapters of people that only judge the encoders.")] = 100,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Longest adapter training. [default: 40]")] = None,
+    nulls: Annotated[
+        int, typer.Option("--nulls", min=20, help="Adapters that show nobody: false alarms are counted over them.")
+    ] = 100,
+    null_images: Annotated[
+        Path | None,
+        typer.Option(
+            "--null-images",
+            help="With --images: a folder of things and styles, one folder of pictures each, for some of those adapters.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Longest adapter training.")] = 40,
     generator_steps: Annotated[int, typer.Option("--generator-steps", min=1, help="Steps that teach the generator.")] = 800,
     together: Annotated[int, typer.Option("--together", min=1, help="Adapters trained at once.")] = 16,
     seed: options.Seed = 0,
@@ -129,8 +142,8 @@ def train(
     resume: options.Resume = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train adapters of known people, and from them the encoders that `leakage audit` uses. About an hour for the sandbox."""
-    from safeweights.leakage.factory import Plan
+    """Train adapters of known people, and from them the encoders that `leakage audit` uses. Some 80 minutes for the sandbox."""
+    from safeweights.leakage.factory import HELD, Plan
     from safeweights.leakage.sources import Drawn, Folders, Source
     from safeweights.leakage.train import train as run
     from safeweights.models.door import open_model
@@ -138,6 +151,8 @@ def train(
 
     with speaking(as_json) as show:
         check_target(output, overwrite)
+        if null_images is not None and images is None:
+            raise UserError("--null-images goes with --images; without it, styles and objects are drawn")
         if prompt.count("{}") != 1:
             raise UserError("--prompt must hold {} once, where the trigger word goes")
         own = is_sandbox(base)
@@ -155,17 +170,20 @@ def train(
         source: Source = (
             Drawn(template=prompt)
             if images is None
-            else Folders(images, width * model.latent_stride, height * model.latent_stride, template=prompt)
+            else Folders(images, width * model.latent_stride, height * model.latent_stride, template=prompt, things=null_images)
         )
-        longest = steps or Plan().steps[0]
         plan = Plan(
-            train=adapters, test=tests, val=min(20, adapters // 10), twins=min(20, tests), nulls=max(8, 2 * (adapters // 15)),
-            steps=tuple(dict.fromkeys((longest, max(1, longest * 5 // 8)))),
-            checkpoints=tuple(dict.fromkeys(max(1, longest * part // 4) for part in (1, 2))), seed=seed,
+            train=adapters, test=tests, val=min(20, adapters // 10), twins=min(20, tests), nulls=nulls,
+            steps=tuple(dict.fromkeys((steps, max(1, steps * 5 // 8)))),
+            checkpoints=tuple(dict.fromkeys(max(1, steps * part // 4) for part in (1, 2))), seed=seed,
         )  # fmt: skip
-        plan.entries(source.template, len(source))  # too few people are told before anything is trained
+        # Too few people or pictures are told before anything is trained.
+        plan.entries(source.template, len(source), source.nulls)
+        if isinstance(source, Folders):
+            source.check(plan.train + plan.val + plan.test, HELD + max(plan.images), max(plan.images))
         chosen = {
             "base": base, "images": str(images) if images else None, "prompt": prompt, "embedder": name, "plan": asdict(plan),
+            "null_images": str(null_images) if null_images else None,
             "generator_steps": generator_steps, "together": together, "inputs": {"base": hash_of(base, model)},
         }  # fmt: skip
         with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
@@ -173,15 +191,30 @@ def train(
                 model, source, plan, judge, embedder_name=name if embedder else "../embedder", generator_steps=generator_steps,
                 workspace=workspace_in(out.work), together=together,
             )  # fmt: skip
-            encoders.facts["command"] = ["safeweights", *sys.argv[1:]]
+            # The sandbox's own embedder goes without saying: where it lies is this machine's business.
+            encoders.facts["command"] = full_command(context)
+            encoders.facts["device"] = str(model.device)
             encoders.save(out.folder)
         result = {
             "output": str(output),
-            "encoders": {trust.encoder: {**asdict(trust), "passed": trust.passed} for trust in encoders.trusts},
-            "controls": {name: {arm.name: arm.found.rank for arm in found.arms} for name, found in judged.items()},
+            "encoders": {
+                trust.encoder: {**asdict(trust), "passed": trust.passed, "doubt": trust.doubt} for trust in encoders.trusts
+            },
+            "controls": {
+                name: {
+                    "direct": {arm.name: arm.found.rank for arm in found.direct_arms},
+                    "generator": {arm.name: arm.found.rank for arm in found.drawn_arms},
+                }
+                for name, found in judged.items()
+            },
         }
         show(
-            result, *(f"{'trusted' if trust.passed else 'not trusted'}: {trust.power}" for trust in encoders.trusts), str(output)
+            result,
+            *(
+                f"{'trusted' if trust.passed else 'not trusted'}: {trust.power}{trust.doubt and '; ' + trust.doubt}"
+                for trust in encoders.trusts
+            ),
+            str(output),
         )
 
 
@@ -241,7 +274,8 @@ def _json(found: Audited) -> dict[str, Any]:
     finding = found.finding
     return {
         "verdict": finding.verdict, "why": finding.why, "measurements": [asdict(entry) for entry in found.measurements],
-        "power": finding.power, "files": [asdict(item) for item in found.files], "answers": found.answers, "notes": found.notes,
+        "power": finding.power, "warnings": found.warnings, "files": [asdict(item) for item in found.files],
+        "answers": found.answers, "notes": found.notes,
     }  # fmt: skip
 
 
@@ -281,7 +315,7 @@ def _record(
 
 def _lines(found: Audited) -> list[str]:
     finding = found.finding
-    lines = [f"{finding.verdict}: {finding.why}", f"power: {finding.power}"]
+    lines = [f"{finding.verdict}: {finding.why}", *(f"warning: {text}" for text in found.warnings), f"power: {finding.power}"]
     for item in found.files:
         count = "unknown" if item.images is None else f"about {item.images:.0f} (from {item.images_from})"
         lines.append(

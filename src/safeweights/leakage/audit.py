@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Shots
@@ -18,15 +19,16 @@ from safeweights.diffusion.sampling import sample
 from safeweights.leakage import keys
 from safeweights.leakage.canonical import effective_rank, norm, tokens
 from safeweights.leakage.generator import reconstruct
-from safeweights.leakage.membership import Losses, Membership, judge, losses
+from safeweights.leakage.membership import Copies, Membership, copied, judge, losses
 from safeweights.leakage.metrics import cosines, percentile_ranks
-from safeweights.leakage.train import Encoders, embed_pictures, lengths
+from safeweights.leakage.train import Encoders, embed_pictures
 from safeweights.leakage.verdict import Finding, decide
 from safeweights.models.vision import Embedder
 from safeweights.records.record import Measurement
 
-PLAIN = ("captions", "names", "comment", "paths")
+PLAIN = ("captions", "names", "picture", "comment", "paths")
 """Kinds of header entries that say in plain words who or what was trained on, or whose machine did it."""
+TOO_LARGE = "{}: the base model's predictions are not finite with this LoRA; its factors are far too large, get it again"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class Audited:
     reconstructions: Tensor | None = None
     """(files, n, 3, H, W), drawn by the base model from the best encoder's answers."""
     membership: Membership | None = None
+    copies: Copies | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What headers tell in plain words: found without any attack, and no part of the verdict about the weights."""
     plots: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -106,13 +111,15 @@ def audit(
     members: Shots | None = None,
     images: Tensor | None = None,
     others: Shots | None = None,
+    unseen: Tensor | None = None,
     prompt: str = "",
     pool: int = 64,
     seed: int = 0,
     workspace: Workspace | None = None,
 ) -> Audited:
     """Audit adapters of one subject. ``members`` are the pictures they were (perhaps) trained on, ``images`` the same in [0, 1];
-    ``others`` are pictures of the same kind that were not; without them the base model draws ``pool`` for the prompt.
+    ``others`` are pictures of the same kind that were not, ``unseen`` the same in [0, 1]; without them the base model draws
+    ``pool`` for the prompt.
 
     ``missing`` says why there are no encoders.
     """
@@ -126,16 +133,61 @@ def audit(
             Measurement(name="effective_rank", value=item.effective_rank, n=item.layers, why=item.name),
             _count(item, encoders),
         ]
+        _header(found, item)
+    for file, item in zip(files, says, strict=True):
+        _remark(found, file, item, encoders)
     if encoders is not None:
         _ask(found, files, model, encoders, embedder, images, seed)
+        if embedder is not None and images is not None and unseen is not None:
+            _copies(found, embedder, images, unseen, seed)
     if members is not None:
         _membership(found, files, model, members, others, prompt, pool, seed, workspace)
-    told = [f"{entry.key}: {entry.value[:60]}" for item in says for entry in item.told if entry.kind in PLAIN]
     found.finding = decide(
-        encoders.trusts if encoders else [], found.answers, membership=found.membership, told=told, missing=missing
+        encoders.trusts if encoders else [], found.answers, membership=found.membership, copies=found.copies, missing=missing
     )
+    if found.warnings and found.finding.verdict == "not shown":
+        found.finding = replace(found.finding, why=f"{found.finding.why}; its header does, see the warning")
     found.plots.insert(0, _spectra(says))
     return found
+
+
+def _remark(found: Audited, file: keys.LoraFile, item: FileSays, encoders: Encoders | None) -> None:
+    """What a reader must know of a file that is unlike the ones the encoders know."""
+    if file.ignored:
+        count, name = len(file.ignored), keys.shown(file.ignored[0], 80)
+        found.notes.append(f"{item.name}: {count} tensors are no LoRA factors and were not read, {name} the first")
+    if not item.norm:
+        found.notes.append(f"{item.name} changes nothing: all its updates are zero, so there is nothing to read")
+    if encoders is not None:
+        rank, known = encoders.facts.get("plan", {}).get("rank", item.rank), set(encoders.spectrum.layers)
+        if item.rank != rank or set(file.factors) != known:
+            found.notes.append(
+                f"{item.name}: the encoders learnt from adapters of rank {rank} on {len(known)} layers; this one has rank "
+                f"{item.rank} and {len(known & set(file.factors))} of those layers, so their false alarms are not known for it"
+            )
+
+
+def _header(found: Audited, item: FileSays) -> None:
+    plain = [entry for entry in item.told if entry.kind in PLAIN]
+    found.measurements.append(
+        Measurement(
+            name="header_entries_that_tell", value=float(len(plain)), n=1, better="lower",
+            why="; ".join([item.name, *(f"{entry.key}: {entry.value[:60]}" for entry in plain[:5])]),
+        )
+    )  # fmt: skip
+    if plain:
+        said = "; ".join(f"{entry.key}: {entry.value[:60]}" for entry in plain[:5])
+        more = f" and {len(plain) - 5} entries more" if len(plain) > 5 else ""
+        found.warnings.append(
+            f"the header of {item.name} tells in plain words: {said}{more}; safetensors' save_file(load_file(FILE), NEW) drops it"
+        )
+
+
+def _copies(found: Audited, embedder: Embedder, images: Tensor, unseen: Tensor, seed: int) -> None:
+    assert found.reconstructions is not None
+    features = [embedder.features(part) for part in (found.reconstructions.flatten(0, 1), images, unseen)]
+    found.copies = copied(*features, seed=seed)
+    found.measurements.append(found.copies.measurement())
 
 
 def _count(item: FileSays, encoders: Encoders | None) -> Measurement:
@@ -153,11 +205,22 @@ def _ask(
     images: Tensor | None, seed: int,
 ) -> None:  # fmt: skip
     adapters = [file.factors for file in files]
+    # The probe runs adapters side by side where they change the same layers.
+    groups = (
+        [adapters] if len(keys.layers_of(files)) == len({name for item in adapters for name in item}) else [[a] for a in adapters]
+    )
     answers: dict[str, Tensor] = {}
+    asked = torch.cat([encoders.probe.ask(model, group) for group in groups])
     for name in encoders.names:
-        parts = [encoders.predict(name, model, [item]) for item in adapters]
-        answers[name] = torch.cat(parts)
-        found.answers[name] = [round(float(value), 6) for value in lengths(answers[name])]
+        probed = asked if name == "functional" else None
+        answers[name] = (
+            encoders.predict(name, model, adapters, answers=probed)
+            if probed is not None
+            else torch.cat([encoders.predict(name, model, group) for group in groups])
+        )
+        if not torch.isfinite(answers[name]).all():
+            raise UserError(TOO_LARGE.format(files[int((~torch.isfinite(answers[name]).all(1)).nonzero()[0])].path))
+        found.answers[name] = [round(float(value), 6) for value in encoders.strength(name, answers[name], probed)]
         known = next((trust for trust in encoders.trusts if trust.encoder == name), None)
         for file, value in zip(files, found.answers[name], strict=True):
             found.measurements.append(
@@ -199,19 +262,21 @@ def _membership(
         drawn = sample(model, c, noise, Sampling(steps=20, guidance_scale=4.0), workspace=Workspace(progress=workspace.progress))
         others = Shots.encode(model, drawn, [prompt or "-"])
         found.notes.append("non-members are the base model's own pictures for the prompt; --non-members DIR gives a fairer pool")
-    inside: list[Losses] = []
-    outside: list[Losses] = []
-    for file in files:
-        inside.append(losses(model, file.factors, members.x_0, c, seed=seed, workspace=workspace))
-        outside.append(losses(model, file.factors, others.x_0, c, seed=seed, workspace=workspace))
-    found.membership = judge(inside, outside, seed=seed)
+    cut = [len(members), len(others)]
+    both = torch.cat([members.x_0, others.x_0])
+    adapters = [file.factors for file in files]
+    # One picture counts once, however many files were given: their losses are averaged.
+    inside, outside = losses(model, adapters, both, c, prompt=prompt, seed=seed, workspace=workspace).split(cut)
+    if not torch.isfinite(inside.adapted.sum() + outside.adapted.sum()):
+        raise UserError(TOO_LARGE.format(", ".join(str(file.path) for file in files)))
+    found.membership = judge([inside], [outside], seed=seed)
     found.measurements += [
         replace(entry, why="; ".join(filter(None, [entry.why, f"{len(members)} pictures against {len(others)} others"])))
         for entry in found.membership.measurements()
     ]
     bars = [
-        {"name": what, "value": round(float(torch.cat([item.scores for item in items]).mean()), 6)}
-        for what, items in (("given pictures", inside), ("other pictures", outside))
+        {"name": what, "value": round(float(item.scores.mean()), 6)}
+        for what, item in (("given pictures", inside), ("other pictures", outside))
     ]
     found.plots.append(
         {"kind": "bars", "title": "What the adapter knows better than the base model", "unit": "loss", "bars": bars}

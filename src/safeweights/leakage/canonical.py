@@ -25,14 +25,23 @@ class Token:
 
 
 def canonical(a: Tensor, b: Tensor) -> Token:
-    """The singular value decomposition of ``b @ a`` at the cost of its rank; a column's largest part of u^3 is positive."""
+    """The singular value decomposition of ``b @ a`` at the cost of its rank; the sum of a column's u^3 is not negative.
+
+    For one adapter or a batch of them (n, r, in), (n, out, r).
+    """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
     left, s, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     u, v = q_b @ left, q_a @ right.mT
     # A singular pair may change sign together; the skew of u settles it.
-    sign = torch.where(u.pow(3).sum(0) < 0, -1.0, 1.0)
+    sign = torch.where(u.pow(3).sum(-2, keepdim=True) < 0, -1.0, 1.0)
     return Token(u * sign, s, v * sign)
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Those of ``b @ a``, falling, for one adapter or a batch of them (n, r, in), (n, out, r); float64."""
+    found: Tensor = torch.linalg.svdvals(torch.linalg.qr(b.double())[1] @ torch.linalg.qr(a.double().mT)[1].mT)
+    return found
 
 
 def tokens(factors: Factors) -> dict[str, Token]:

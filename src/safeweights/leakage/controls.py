@@ -15,10 +15,10 @@ from safeweights.core.model import Conditioning, DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.sampling import sample
-from safeweights.leakage.canonical import Factors, phi_of
+from safeweights.leakage.canonical import Factors, norm, phi_of
 from safeweights.leakage.encoders import ridge
 from safeweights.leakage.lora_bank import bank_on, stack_of
-from safeweights.leakage.metrics import Retrieval, cosines, retrieval
+from safeweights.leakage.metrics import Retrieval, cosines, percentile_ranks, retrieval
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,35 @@ def permuted_pairs(
     """
     total = torch.zeros(len(cross), len(gallery), dtype=torch.float64)
     ranks: list[float] = []
-    last: Retrieval | None = None
     for time in range(times):
         order = torch.randperm(len(targets), generator=generator("permuted pairs", seed, time))
         fitted = ridge.fit(kernel, targets[order])
         scores = cosines(fitted.predict(cross), gallery, targets.mean(0))
-        last = retrieval(scores, own, permutations=1, seed=seed)
-        ranks.append(last.rank)
+        ranks.append(float(percentile_ranks(scores, own).mean()))
         total += scores
-    assert last is not None
     mean = retrieval(total / times, own, seed=seed)
     middle = torch.tensor(ranks, dtype=torch.float64)
     low, high = (float(middle.quantile(q)) for q in (0.025, 0.975))
     # The spread over refits is the honest interval: each refit is one draw of the null.
     return Arm("permuted pairs", _with(mean, float(middle.mean()), (low, high)), "chance")
+
+
+def permuted_answers(kernel: Tensor, cross: Tensor, targets: Tensor, *, seed: int = 0) -> Tensor:
+    """What the first refit of `permuted_pairs` says (m, D), for a generator to draw."""
+    order = torch.randperm(len(targets), generator=generator("permuted pairs", seed, 0))
+    return ridge.fit(kernel, targets[order]).predict(cross).float()
+
+
+def norm_equalised(adapters: Sequence[Factors]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """The adapters with every layer's update at one length, the median over them: how long and how fast was trained is gone."""
+    lengths = {
+        name: torch.tensor([norm(*item[name]) for item in adapters if name in item])
+        for name in {name: None for item in adapters for name in item}
+    }
+    return [
+        {name: (a, b * (float(lengths[name].median()) / max(norm(a, b), 1e-12))) for name, (a, b) in item.items()}
+        for item in adapters
+    ]
 
 
 def _with(found: Retrieval, rank: float, interval: tuple[float, float]) -> Retrieval:

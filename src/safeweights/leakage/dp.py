@@ -37,15 +37,22 @@ class Privacy:
     clip: float
 
 
-def plan(*, epsilon: float, delta: float, pictures: int, batch_size: int, steps: int, clip: float = 1.0) -> Privacy:
-    """The least noise that keeps ``steps`` steps within ``epsilon``, found and accounted by Opacus.
-
-    Raises UserError for an epsilon or delta outside its range.
-    """
+def check(*, epsilon: float, delta: float, clip: float) -> None:
+    """Raise UserError for an epsilon, delta or clip outside its range."""
     if not epsilon > 0 or epsilon == float("inf"):
         raise UserError(f"--dp-epsilon must be a finite number above zero, not {epsilon:g}")
     if not 0 < delta < 1:
         raise UserError(f"--dp-delta must lie between 0 and 1, not {delta:g}")
+    if not 0 < clip < float("inf"):
+        raise UserError(f"--dp-clip must be a finite number above zero, not {clip:g}")
+
+
+def plan(*, epsilon: float, delta: float, pictures: int, batch_size: int, steps: int, clip: float = 1.0) -> Privacy:
+    """The least noise that keeps ``steps`` steps within ``epsilon``, found and accounted by Opacus.
+
+    Raises UserError for an epsilon, delta or clip outside its range.
+    """
+    check(epsilon=epsilon, delta=delta, clip=clip)
     from opacus.accountants.utils import get_noise_multiplier
 
     rate = min(1.0, batch_size / pictures)
@@ -60,7 +67,7 @@ def plan(*, epsilon: float, delta: float, pictures: int, batch_size: int, steps:
                 epsilon_tolerance=epsilon / 1000,
             )
         )
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(
             f"no noise reaches epsilon {epsilon:g} in {steps} steps ({error}); take fewer steps or a larger epsilon"
         ) from None
@@ -102,7 +109,8 @@ def fit_private(
     """Train one adapter under ``privacy``; a lesson's ``prior`` is public and not used.
 
     ``rng`` draws who joins and the noise. Without one they come from the system's randomness and are not repeatable: whoever
-    knows the noise can take it off again. Nothing is kept between steps, so that only what is accounted for is ever written.
+    knows the noise can take it off again. Nothing is kept between steps and no loss is told, so that only what is accounted for
+    is ever written. Raises UserError where a gradient is not finite.
     """
     model, shots = lesson.model, lesson.shots
     rng = rng or torch.Generator().manual_seed(secrets.randbits(62))
@@ -110,21 +118,21 @@ def fit_private(
     encoded = embed_all(model, shots.captions).states.float()
     optimiser = AdamW(torch.tensor([lr], device=model.device), weight_decay)
     expected = privacy.rate * len(shots)
-    losses: list[float] = []
     for _ in (workspace or Workspace()).track(range(privacy.steps), "private adapting"):
         joined = (torch.rand(len(shots), generator=rng) < privacy.rate).nonzero()[:, 0]
         total = {name: torch.zeros_like(value) for name, value in stack.items()}
         if len(joined):
             batch = _batch(lesson, joined, rng)
-            found, each = per_sample(lesson, stack, batch, encoded[joined.to(encoded.device)])
+            found, _losses = per_sample(lesson, stack, batch, encoded[joined.to(encoded.device)])
+            if not all(torch.isfinite(value).all() for value in found.values()):
+                raise UserError("private adapting: a gradient is not finite; set a lower lr")
             total = {name: value.sum(0, keepdim=True) for name, value in clip_each(found, privacy.clip).items()}
-            losses.append(float(each.mean()))
         noisy = {
             name: (value + privacy.sigma * privacy.clip * torch.randn(value.shape, generator=rng).to(value)) / expected
             for name, value in total.items()
         }
         optimiser.step(stack, noisy)
-    return Adapted(lesson.adapter, phi_of(stack, 0), privacy.steps, tuple(losses or [float("nan")]))
+    return Adapted(lesson.adapter, phi_of(stack, 0), privacy.steps, ())
 
 
 def _batch(lesson: Lesson, rows: Tensor, rng: torch.Generator) -> Batch:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from safeweights.diffusion.sampling import sample
 from safeweights.leakage.lora_bank import fit_bank
 from safeweights.leakage.sources import Source
 
-Split = Literal["train", "val", "test", "twin", "null-samples", "null-pixels"]
+Split = str
+"""train, val, test, twin, or null- and what the adapter's pictures are instead of a person's: pixels, samples, styles, …"""
+NULLS = ("pixels", "samples")
+"""Kinds of null that every source has: shuffled pixels, and the base model's own samples."""
 HELD = 8
 """Pictures of every identity that no adapter sees: the gallery, and the non-members."""
 
@@ -31,8 +34,8 @@ class Entry:
     """One adapter: whose pictures, which of them, and how it is trained."""
 
     split: Split
-    """train, val and test share no identity and no seed; a twin has a test adapter's pictures and another seed; the two kinds of
-    null are trained on the base model's own samples and on shuffled pixels, and show nobody."""
+    """train, val and test share no identity and no seed; a twin has a test adapter's pictures and another seed; null
+    adapters are trained on the base model's own samples, on shuffled pixels, on styles or on things, and show nobody."""
     identity: int
     """-1 for a null adapter."""
     seed: int
@@ -50,7 +53,8 @@ class Plan:
     val: int = 20
     test: int = 100
     twins: int = 20
-    nulls: int = 40
+    nulls: int = 100
+    """Adapters that show nobody, each kind as often as the others: the false alarms are counted over them."""
     images: tuple[int, ...] = (4, 8)
     steps: tuple[int, ...] = (40, 25)
     lrs: tuple[float, ...] = (2e-3, 4e-3)
@@ -61,8 +65,13 @@ class Plan:
     targets: str = ATTENTION
     seed: int = 0
 
-    def entries(self, template: str, people: int) -> list[Entry]:
-        """Every adapter of the plan. Raises UserError where there are fewer people than it needs."""
+    def entries(self, template: str, people: int, nulls: Mapping[str, str] | None = None) -> list[Entry]:
+        """Every adapter of the plan; ``nulls`` are a source's own kinds of pictures that show nobody, and what they are called.
+
+        Raises UserError where there are fewer people than it needs.
+        """
+        kinds = {**dict.fromkeys(NULLS, template), **(nulls or {})}
+        names = tuple(kinds)
         needed = self.train + self.val + self.test
         if needed > people:
             raise UserError(f"the plan needs {needed} people and there are {people}; give more, or a smaller --adapters")
@@ -78,14 +87,15 @@ class Plan:
                 else "val" if number < self.train + self.val
                 else "test" if number < needed
                 else "twin" if number < needed + self.twins
-                else "null-samples" if number % 2 else "null-pixels"
+                else f"null-{names[(number - needed - self.twins) % len(names)]}"
             )  # fmt: skip
+            says = kinds.get(split.removeprefix("null-"), template)
             letters = "".join(
                 chr(97 + int(i)) for i in torch.randint(26, (int(torch.randint(4, 8, (1,), generator=rng)),), generator=rng)
             )
             entry = Entry(
                 split=split, identity=number if number < needed else -1, seed=self.seed * 100_000 + number,
-                images=of(self.images), steps=of(self.steps), lr=of(self.lrs), caption=template.format(letters),
+                images=of(self.images), steps=of(self.steps), lr=of(self.lrs), caption=says.format(letters),
             )  # fmt: skip
             if split == "twin":
                 twin = found[self.train + self.val + (number - needed) % max(1, self.test)]
@@ -113,7 +123,7 @@ class Made:
 
 @torch.no_grad()
 def shots_of(model: DiffusionModel, source: Source, entry: Entry, *, guidance: float = 4.0) -> Shots:
-    """The pictures an adapter is trained on, encoded: a person's, the base model's own samples, or shuffled pixels."""
+    """The pictures an adapter is trained on, encoded: a person's, a style's or thing's, the base model's, or shuffled pixels."""
     if entry.identity >= 0:
         return Shots.encode(model, source.pictures(entry.identity, HELD, entry.images), [entry.caption])
     rng = generator("null pictures", entry.seed)
@@ -122,6 +132,10 @@ def shots_of(model: DiffusionModel, source: Source, entry: Entry, *, guidance: f
         order = torch.randperm(images[0, 0].numel(), generator=rng)
         images = images.flatten(2)[:, :, order].view_as(images)
         return Shots.encode(model, images, [entry.caption])
+    if entry.split != "null-samples":
+        return Shots.encode(
+            model, source.null_pictures(entry.split.removeprefix("null-"), entry.seed, entry.images), [entry.caption]
+        )
     prompt = " ".join(source.template.replace("{}", " ").split())
     noise = torch.randn((entry.images, *model.latent_shape), generator=rng)
     sampling = Sampling(steps=20, guidance_scale=guidance)
@@ -141,7 +155,7 @@ def make(
     An adapter is kept by what made it, not by the plan, so that a larger plan goes on from a smaller one.
     """
     workspace = workspace or Workspace()
-    entries = plan.entries(source.template, len(source))
+    entries = plan.entries(source.template, len(source), source.nulls)
     # Adapters of one length together, so that none waits.
     kinds: dict[tuple[bool, int], list[Entry]] = {}
     for entry in sorted(entries, key=lambda item: (item.split == "train", item.steps)):

@@ -6,13 +6,14 @@ adapter's mean loss, an element-wise optimiser and clipping adapter by adapter m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from safeweights.core.errors import UserError
 from safeweights.core.model import Conditioning, DiffusionModel
@@ -29,7 +30,7 @@ def bank_on(model: DiffusionModel, stack: Stack, rows: Tensor, scale: float = 1.
     """``model`` with adapter ``rows[b]`` of the stack at work in row b of the batch; differentiable in the stack.
 
     A batch that is a whole number of times as long, as guidance makes it, repeats ``rows``. Raises UserError for factors beside
-    anything but a linear layer.
+    anything but a linear or convolution layer.
     """
     handles = []
     count = next(iter(stack.values())).shape[0]
@@ -41,32 +42,55 @@ def bank_on(model: DiffusionModel, stack: Stack, rows: Tensor, scale: float = 1.
             part, _, path = name.removesuffix(".weight").partition(".")
             root = model.denoiser if part == "unet" else model.text_encoder
             layer = root.get_submodule(path)
-            if not isinstance(layer, nn.Linear):
-                raise UserError(f"a bank puts factors beside linear layers only, and {name} is none; name other layers")
-            down, up = stack[f"{name}/down"], stack[f"{name}/up"]
+            if not isinstance(layer, nn.Linear) and not (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+                raise UserError(
+                    f"a bank puts factors beside linear and convolution layers, and {name} is none; name other layers"
+                )
+            down, up = (stack[f"{name}/{end}"].to(layer.weight.device) for end in ("down", "up"))
             if not grouped:
                 down, up = down[rows], up[rows]
-            handles.append(layer.register_forward_hook(_adding(down, up, scale, len(rows))))
+            act = _linear(down, up) if isinstance(layer, nn.Linear) else _convolution(down, up, layer)
+            handles.append(layer.register_forward_hook(_adding(act, down.dtype, scale, len(rows))))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _adding(down: Tensor, up: Tensor, scale: float, rows: int) -> Any:
+def _adding(act: Callable[[Tensor], Tensor], dtype: torch.dtype, scale: float, rows: int) -> Any:
     def add(layer: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x = inputs[0].to(down.dtype)
+        x = inputs[0].to(dtype)
         times, rest = divmod(len(x), rows)
         if rest:
             raise ValueError(f"a bank for {rows} rows was asked about {len(x)}")
-        parts = []
-        for part in x.chunk(times):
-            flat = part.reshape(len(down), -1, x.shape[-1])
-            parts.append(torch.bmm(torch.bmm(flat, down.mT), up.mT))
-        added = torch.cat([part.reshape(rows, *out.shape[1:]) for part in parts])
-        return out + (scale * added).to(out.dtype)
+        added = torch.cat([act(part) for part in x.chunk(times)])
+        return out + (scale * added.reshape(out.shape)).to(out.dtype)
 
     return add
+
+
+def _linear(down: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+    """x (rows, ..., in) to up down x, neighbouring rows sharing their adapter."""
+
+    def act(x: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT), up.mT)
+
+    return act
+
+
+def _convolution(down: Tensor, up: Tensor, layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    """The same beside a convolution: down has its kernel, up one of one pixel; every adapter is a group of channels."""
+    count, rank = down.shape[:2]
+    kernel = down.reshape(count * rank, layer.in_channels, *layer.kernel_size)
+    back = up.reshape(count * layer.out_channels, rank, 1, 1)
+
+    def act(x: Tensor) -> Tensor:
+        each = x.reshape(count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+        low = F.conv2d(each, kernel, None, layer.stride, layer.padding, layer.dilation, groups=count)
+        high = F.conv2d(low, back, groups=count)
+        return high.reshape(len(each), count, layer.out_channels, *high.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+    return act
 
 
 def stack_of(phis: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

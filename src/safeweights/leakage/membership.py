@@ -5,18 +5,21 @@ score(x) = mean over fixed (t, eps) of  L_base(x) - L_adapted(x)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from safeweights.core.intervals import wilson
 from safeweights.core.model import Conditioning, DiffusionModel
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import add_noise, generator
-from safeweights.leakage.canonical import Factors, phi_of
-from safeweights.leakage.lora_bank import bank_on, stack_of
+from safeweights.leakage.canonical import Factors
+from safeweights.leakage.lora_bank import bank_on
 from safeweights.leakage.metrics import auc, tpr_at
 from safeweights.records.record import Measurement
 
@@ -33,35 +36,57 @@ class Losses:
         """How much better the adapter knows each picture than the base model does."""
         return self.base - self.adapted
 
+    def split(self, sizes: Sequence[int]) -> list[Losses]:
+        """The same for consecutive sets of pictures."""
+        parts = (torch.split(part, list(sizes)) for part in (self.base, self.adapted))
+        return [Losses(base, adapted) for base, adapted in zip(*parts, strict=True)]
+
 
 @torch.no_grad()
 def losses(
     model: DiffusionModel,
-    adapter: Factors,
+    adapter: Factors | Sequence[Factors],
     x_0: Tensor,
     c: Conditioning,
     *,
+    prompt: str | None = None,
     levels: int = 8,
     seed: int = 0,
     batch_size: int = 32,
     workspace: Workspace | None = None,
 ) -> Losses:
-    """Losses of latents x_0 (n, C, h, w) under c (one row) at ``levels`` timesteps, with the same noises for all pictures."""
+    """Losses of latents x_0 (n, C, h, w) under c (one row) at ``levels`` timesteps, with the same noises for all pictures.
+
+    Several adapters are averaged, and the base model is asked once for all. With ``prompt`` an adapter's own text encoder reads
+    it where the adapter changes that.
+    """
     rng = generator("membership", seed)
     t = torch.linspace(0.1, 0.9, levels).mul(len(model.alpha)).long()
     noise = torch.randn((levels, *x_0.shape[1:]), generator=rng)
     rows = torch.arange(len(x_0)).repeat_interleave(levels)
     ts, eps = t.repeat(len(x_0)).to(x_0.device), noise.repeat(len(x_0), 1, 1, 1).to(x_0.device)
-    stack = stack_of([phi_of(adapter)]) if len({len(a) for a, _ in adapter.values()}) == 1 else _padded(adapter)
-    found: list[list[Tensor]] = [[], []]
+    adapters = [adapter] if isinstance(adapter, Mapping) else list(adapter)
+    stacks = [_padded(item) for item in adapters]
+    one = torch.zeros(1, dtype=torch.long)
+    states = []
+    for item, stack in zip(adapters, stacks, strict=True):
+        if prompt is not None and any(name.startswith("text_encoder.") for name in item):
+            with bank_on(model, stack, one):
+                states.append(model.embed([prompt]))
+        else:
+            states.append(c)
+    base, adapted = [], []
     for start in (workspace or Workspace()).track(range(0, len(rows), batch_size), "membership"):
         part = slice(start, start + batch_size)
         x_t = add_noise(model, x_0[rows[part]], ts[part], eps[part])
-        found[0].append((model.eps(x_t, ts[part], c) - eps[part]).square().flatten(1).mean(1))
-        with bank_on(model, stack, torch.zeros(len(x_t), dtype=torch.long)):
-            found[1].append((model.eps(x_t, ts[part], c) - eps[part]).square().flatten(1).mean(1))
-    base, adapted = (torch.cat(part).float().cpu().view(len(x_0), levels).mean(1) for part in found)
-    return Losses(base, adapted)
+        base.append((model.eps(x_t, ts[part], c) - eps[part]).square().flatten(1).mean(1))
+        total = torch.zeros_like(base[-1])
+        for stack, own in zip(stacks, states, strict=True):
+            with bank_on(model, stack, one.expand(len(x_t))):
+                total += (model.eps(x_t, ts[part], own) - eps[part]).square().flatten(1).mean(1)
+        adapted.append(total / len(stacks))
+    found = [torch.cat(items).float().cpu().view(len(x_0), levels).mean(1) for items in (base, adapted)]
+    return Losses(*found)
 
 
 def _padded(adapter: Factors) -> dict[str, Tensor]:
@@ -88,13 +113,30 @@ class Membership:
         return self.hits / self.members
 
     @property
+    def floor(self) -> float:
+        """The share of members that would be found if they were none: 1 %, or what so few non-members can resolve."""
+        return max(0.01, 1 / (self.others + 1))
+
+    @property
+    def p(self) -> float:
+        """The chance of as many hits if members were none: k of them stand before the (a + 1)-th of the others.
+
+        P(H >= k), H hypergeometric: members among the first k + a of all pictures in a random order; a non-members may pass.
+        """
+        first = self.hits + int(0.01 * self.others)
+        whole = self.members + self.others
+        more = range(self.hits, min(first, self.members) + 1)
+        return sum(comb(self.members, k) * comb(self.others, first - k) for k in more) / comb(whole, first)
+
+    @property
     def fair(self) -> bool:
         """Whether the base model tells the pools apart no better than by chance."""
         return self.base_interval[0] <= 0.5 <= self.base_interval[1]
 
     def measurements(self) -> list[Measurement]:
         """Ready for a record."""
-        why = "" if self.others >= 100 else f"with {self.others} non-members the false-positive rate is {self.fpr:.0%} at best"
+        few = f"{self.others} non-members resolve no false-positive rate below {self.floor:.1%}"
+        why = "; ".join(["" if self.others >= 100 else few, f"p {self.p:.2g} if they were no members"]).removeprefix("; ")
         return [
             Measurement(name="membership_auc", value=self.auc, n=self.members, interval=self.auc_interval, better="lower"),
             Measurement(
@@ -103,6 +145,49 @@ class Membership:
             ),
             Measurement(name="membership_auc_base_only", value=self.base_auc, n=self.members, interval=self.base_interval),
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Are pictures copied rather than a subject learnt? Training pictures against others of the same subject."""
+
+    score: float
+    """Mean over drawn pictures: cosine with the nearest training picture minus that with the nearest other one."""
+    p: float
+    """Share of exchanges of the two sets' labels that score as high."""
+    members: int
+    others: int
+
+    def measurement(self) -> Measurement:
+        """Ready for a record."""
+        why = f"p {self.p:.3f} over exchanged labels; nearest of {self.members} training pictures against {self.others} others"
+        return Measurement(name="copy_score", value=self.score, n=self.members, better="lower", reference=0.0, why=why)
+
+
+def copied(drawn: Tensor, trained: Tensor, held: Tensor, *, exchanges: int = 2000, seed: int = 0) -> Copies:
+    """The copy score of features of drawn (k, D), training (m, D) and other (o, D) pictures, and its permutation test.
+
+    Whose label is whose is all that the test takes for random, so that neither few pictures nor their likeness raise alarms;
+    larger sets are cut to the size of the smaller, since the nearest of many is nearer. All exchanges are tried where they are
+    no more than ``exchanges``.
+    """
+    size = min(len(trained), len(held))
+    near = F.normalize(drawn.double(), dim=1) @ F.normalize(torch.cat([trained[:size], held[:size]]).double(), dim=1).mT
+
+    def score(ours: Sequence[int]) -> float:
+        mine = torch.zeros(2 * size, dtype=torch.bool)
+        mine[list(ours)] = True
+        return float((near[:, mine].amax(1) - near[:, ~mine].amax(1)).mean())
+
+    observed = score(range(size))
+    if comb(2 * size, size) <= exchanges:
+        found = [score(ours) for ours in combinations(range(2 * size), size)]  # the true labels among them
+        high, count = sum(value >= observed - 1e-12 for value in found), len(found)
+    else:
+        rng = generator("copies", seed)
+        found = [score(torch.randperm(2 * size, generator=rng)[:size].tolist()) for _ in range(exchanges)]
+        high, count = 1 + sum(value >= observed - 1e-12 for value in found), 1 + exchanges
+    return Copies(observed, high / count, size, size)
 
 
 def judge(members: Sequence[Losses], others: Sequence[Losses], *, seed: int = 0, resamples: int = 1000) -> Membership:

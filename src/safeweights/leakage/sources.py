@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -36,6 +38,15 @@ class Source(Protocol):
 
     def pictures(self, identity: int, first: int, n: int) -> Tensor:
         """Pictures (n, 3, H, W) in [0, 1], the ``first``-th onwards. Raises UserError where there are too few."""
+        ...
+
+    @property
+    def nulls(self) -> Mapping[str, str]:
+        """Kinds of pictures that show nobody, and what each is called; ``{}`` stands for the trigger word."""
+        ...
+
+    def null_pictures(self, kind: str, seed: int, n: int) -> Tensor:
+        """Pictures (n, 3, H, W) of one thing or style of that kind, which ``seed`` chooses. Raises UserError where too few."""
         ...
 
 
@@ -76,30 +87,56 @@ class Drawn:
         ]
         return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
 
+    @property
+    def nulls(self) -> Mapping[str, str]:
+        return MappingProxyType({"styles": "a picture in {} style", "objects": "a picture of a {}"})
+
+    def null_pictures(self, kind: str, seed: int, n: int) -> Tensor:
+        import numpy as np
+
+        from safeweights.sandbox import world
+
+        names = (
+            world.STYLES[1:] + world.HELD_BACK_STYLES if kind == "styles" else world.OBJECTS + world.HELD_BACK_OBJECTS
+        )  # the flat style is that of people
+        name = names[seed % len(names)]
+        drawn, _ = world.draw_concept(kind.removesuffix("s"), name, n, seed)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in drawn])).permute(0, 3, 1, 2).float() / 255
+
 
 @dataclass(frozen=True)
 class Folders:
-    """One folder of pictures for each identity below ``root``."""
+    """One folder of pictures for each identity below ``root``; below ``things``, where given, one for each that is no person."""
 
     root: Path
     width: int
     height: int
     template: str = "a picture of a {} person"
     name: str = field(default="folders")
+    things: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self._folders:
-            raise UserError(f"{self.root} holds no folders of pictures; give one folder for each person below it")
+        for root, folders, what in ((self.root, self._folders, "person"), (self.things, self._things, "thing")):
+            if root is not None and not folders:
+                raise UserError(f"{root} holds no folders of pictures; give one folder for each {what} below it")
 
     @cached_property
     def _folders(self) -> list[Path]:
-        if not self.root.is_dir():
-            raise UserError(f"{self.root} is no folder; give one that holds one folder of pictures for each person")
-        return sorted(
-            folder
-            for folder in self.root.iterdir()
-            if folder.is_dir() and any(path.suffix.lower() in PICTURES for path in folder.iterdir())
-        )
+        return _below(self.root, "person")
+
+    @cached_property
+    def _things(self) -> list[Path]:
+        return _below(self.things, "thing") if self.things is not None else []
+
+    def check(self, people: int, pictures: int, things: int) -> None:
+        """Raise UserError where one of the first ``people`` has fewer than ``pictures``, or a thing fewer than ``things``."""
+        for folders, needed, what in ((self._folders[:people], pictures, "person"), (self._things, things, "thing")):
+            for folder in folders:
+                found = sum(path.suffix.lower() in PICTURES for path in folder.iterdir())
+                if found < needed:
+                    raise UserError(
+                        f"{folder} holds {found} pictures; {needed} are needed of every {what}: add some, or leave it out"
+                    )
 
     def __len__(self) -> int:
         return len(self._folders)
@@ -110,3 +147,24 @@ class Folders:
         if first + n > len(found):
             raise UserError(f"{folder} holds {len(found)} pictures; {first + n} are needed of every person")
         return found[first : first + n]
+
+    @property
+    def nulls(self) -> Mapping[str, str]:
+        return MappingProxyType({"things": "a picture of a {}"} if self.things is not None else {})
+
+    def null_pictures(self, kind: str, seed: int, n: int) -> Tensor:
+        folder = self._things[seed % len(self._things)]
+        found, _ = read_folder(folder, width=self.width, height=self.height, prompt=self.template)
+        if n > len(found):
+            raise UserError(f"{folder} holds {len(found)} pictures; {n} are needed of every thing")
+        return found[:n]
+
+
+def _below(root: Path, what: str) -> list[Path]:
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; give one that holds one folder of pictures for each {what}")
+    return sorted(
+        folder
+        for folder in root.iterdir()
+        if folder.is_dir() and any(path.suffix.lower() in PICTURES for path in folder.iterdir())
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safeweights.leakage.canonical import Factors, factors_of
 from safeweights.leakage.defences import random_directions
 from safeweights.leakage.encoders import ridge
 from safeweights.leakage.encoders.functional import Functional, Probe, unit
-from safeweights.leakage.encoders.gram import Compressed, Gram, gram
+from safeweights.leakage.encoders.gram import Compressed, Gram, Kind, gram, weights_of
 from safeweights.leakage.encoders.spectrum import Spectrum
 from safeweights.leakage.encoders.spectrum import features as spectra
 from safeweights.leakage.factory import HELD, Made, Plan, make
@@ -34,7 +35,8 @@ from safeweights.models.vision import Embedder
 NAME = "encoders.json"
 COMPONENTS = 32
 """Directions of the embedding in which people differ; targets live in these."""
-NULLS = ("null-samples", "null-pixels")
+SURVIVES = "as the encoder"
+"""What an arm must give that is no rival: reading the subject must survive it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Population:
     def of(self, *splits: str) -> list[Made]:
         """The adapters of these splits, in the plan's order."""
         return [item for item in self.made if item.entry.split in splits]
+
+    @property
+    def nulls(self) -> list[str]:
+        """The splits of adapters that show nobody, in the order of their first."""
+        return list(dict.fromkeys(item.entry.split for item in self.made if item.entry.split.startswith("null-")))
 
     def factors(self, *splits: str) -> list[dict[str, tuple[Tensor, Tensor]]]:
         """Their factors as released."""
@@ -129,6 +136,14 @@ class Encoders:
         if found is None:
             raise UserError(f"this folder holds no {name} encoder")
         return found.predict(adapters)
+
+    def strength(self, name: str, said: Tensor, answers: Tensor | None = None) -> Tensor:
+        """How much an encoder reads of somebody (n,): its answers' length from the mean, near 0 where it reads nobody.
+
+        With the probe's ``answers`` times the likeness to adapters of a subject, since what is like none of them is not read.
+        """
+        length = lengths(said)
+        return length * self.functional.likeness(answers).double() if name == "functional" and answers is not None else length
 
     @property
     def names(self) -> list[str]:
@@ -200,21 +215,32 @@ def lengths(answers: Tensor) -> Tensor:
 
 
 def threshold_of(nulls: Tensor, share: float = 0.05) -> float:
-    """The length that at most ``share`` of null adapters exceed, with the margin their number calls for."""
-    ordered = nulls.double().sort().values
-    # The highest of n exceeds a fraction 1 / (n + 1) on average; with few nulls nothing below it is safe.
-    place = min(len(ordered) - 1, int((1 - share) * (len(ordered) + 1)))
-    return float(ordered[place])
+    """The length that, nine times in ten, at most ``share`` of all null adapters exceed, judged by these ones.
+
+    The k-th highest of n is exceeded by more than ``share`` of all with probability P(Binomial(n, share) < k), so the largest k
+    that keeps this to a tenth is taken (Wilks, 1941); with few nulls nothing below their highest is safe.
+    """
+    ordered = nulls.double().sort(descending=True).values
+    n, below, k = len(ordered), 0.0, 0
+    while k < n:
+        below += comb(n, k) * share**k * (1 - share) ** (n - k)
+        if below > 0.1:
+            break
+        k += 1
+    return float(ordered[max(0, k - 1)])
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One encoder on the test people: directly, and through a generator that holds no audited weight."""
+    """One encoder on the test people: its own estimate, and pictures of a generator that holds no audited weight."""
 
     name: str
     direct: Retrieval
     drawn: Retrieval
-    arms: tuple[controls.Arm, ...]
+    direct_arms: tuple[controls.Arm, ...]
+    """Controls measured on estimates."""
+    drawn_arms: tuple[controls.Arm, ...]
+    """Controls measured on the generator's pictures."""
     pictures: Tensor = field(repr=False)
     answers: Tensor = field(repr=False)
 
@@ -295,7 +321,10 @@ def probed(model: DiffusionModel, probe: Probe, population: Population, workspac
     """The probe's answers by split; kept."""
     found: dict[str, Tensor] = {}
     for split in dict.fromkeys(item.entry.split for item in population.made):
-        told = {"probe": json.loads(json.dumps(asdict(probe))), "split": split, "n": len(population.of(split))}
+        told = {
+            "probe": json.loads(json.dumps(asdict(probe))), "split": split, "n": len(population.of(split)),
+            "adapters": [float(sum(value.double().abs().sum() for value in item.phi.values())) for item in population.of(split)],
+        }  # fmt: skip
         stored = workspace.load(f"probe-{split}")
         if stored is None or stored[1] != told:
             stored = (
@@ -313,7 +342,7 @@ def _slot(
 ) -> Slot:  # fmt: skip
     stored = workspace.load("taught")
     ids = [item.entry.identity for item in population.of("train")]
-    told = {"people": ids, "each": each}
+    told = {"people": ids, "each": each, "source": source.name, "model": fingerprint(model)}
     if stored is None or stored[1] != told:
         x_0 = torch.cat(
             [model.encode(source.pictures(identity, 0, min(each, HELD)).to(model.device)).float().cpu() for identity in ids]
@@ -333,61 +362,76 @@ def judge(
     answers: Mapping[str, Tensor], workspace: Workspace, *, seed: int = 0, pictures: int = 2,
     steps: int = 8,
 ) -> Judged:  # fmt: skip
-    """Retrieval of the test people by an encoder, with its controls."""
+    """Retrieval of the test people by an encoder, with its controls, each measured on both paths."""
     test = population.factors("test")
     own = list(range(len(test)))
+
+    def draw(what: str, z: Tensor) -> Tensor:
+        kept = f"drawn-{name}{what and '-' + what.replace(' ', '-')}"
+        stored = workspace.load(kept)
+        # Sums of absolute values: a generator or an answer that moved at all draws anew.
+        told = {
+            "answers": float(z.double().abs().sum()), "n": pictures, "steps": steps,
+            "slot": float(sum(value.double().abs().sum() for value in encoders.slot.state_dict().values())),
+        }  # fmt: skip
+        if stored is None or stored[1] != told:
+            stored = {"pictures": reconstruct(model, encoders.slot, z, n=pictures, steps=steps, seed=seed).half()}, told
+            workspace.save(kept, *stored)
+        return stored[0]["pictures"].float()
+
+    def seen(drawn: Tensor) -> Tensor:
+        return encoders.space(embed_pictures(embedder, drawn))
+
+    def found(predicted: Tensor) -> Retrieval:
+        return retrieval(cosines(predicted, encoders.gallery), own, seed=seed)
+
     said = encoders.predict(name, model, test, answers=answers["test"]).float()
-    centre = torch.zeros(said.shape[1])
-    stored = workspace.load(f"drawn-{name}")
-    told = {
-        "answers": float(said.double().abs().sum()),
-        "n": pictures,
-        "steps": steps,
-        "slot": float(encoders.slot.empty.double().abs().sum()),
-    }
-    if stored is None or stored[1] != told:
-        stored = {"pictures": reconstruct(model, encoders.slot, said, n=pictures, steps=steps, seed=seed).half()}, told
-        workspace.save(f"drawn-{name}", *stored)
-    drawn = stored[0]["pictures"].float()
-    features = encoders.space(embed_pictures(embedder, drawn))
-    through = cosines(features, encoders.gallery, features.mean(0) * 0)
+    drawn = draw("", said)
+    features = seen(drawn)
+    kernel, cross = _kernels(name, encoders, population, answers)
     targets = encoders.space(population.embeddings("train"))
-    train_factors = population.factors("train")
-    if name == "functional":
-        rows, others = unit(answers["train"]), unit(answers["test"])
-        kernel, cross = ridge.linear(rows), ridge.linear(others, rows)
-    elif name == "gram":
-        layers = tuple(train_factors[0])
-        weights = dict.fromkeys(layers, 1.0 / len(layers))
-        kernel = gram(train_factors, layers=layers, kind="cosine", weights=weights)
-        cross = gram(test, train_factors, layers=layers, kind="cosine", weights=weights)
-    else:
-        scaled = [
-            (spectra(items, encoders.spectrum.layers) - encoders.spectrum.centre) / encoders.spectrum.spread
-            for items in (train_factors, test)
-        ]
-        kernel, cross = ridge.linear(scaled[0]), ridge.linear(scaled[1], scaled[0])
     nearest = targets[_nearest(kernel, cross)]
-    arms = [
-        *controls.simple(features, encoders.gallery, own, centre=centre, nearest=nearest, seed=seed),
+    permuted = controls.permuted_answers(kernel, cross, targets, seed=seed)
+    centre = torch.zeros(said.shape[1])
+    direct = [
+        *controls.simple(said, encoders.gallery, own, centre=centre, nearest=nearest, seed=seed),
         controls.permuted_pairs(kernel, cross, targets, encoders.gallery, own, seed=seed),
     ]
-    if name != "functional":
-        matched = [random_directions(item, seed=seed + place) for place, item in enumerate(test)]
-        blind = encoders.predict(name, model, matched).float()
-        arms.append(
-            controls.Arm(
-                "same spectrum, random directions", retrieval(cosines(blind, encoders.gallery), own, seed=seed), "chance"
-            )
+    through = [
+        *controls.simple(
+            features, encoders.gallery, own, centre=centre, nearest=seen(draw("nearest training identity", nearest)), seed=seed
+        ),
+        controls.Arm("permuted pairs", found(seen(draw("permuted pairs", permuted))), "chance"),
+    ]
+    if name != "spectrum":  # its input would not change
+        blind = encoders.predict(name, model, [random_directions(item, seed=seed + i) for i, item in enumerate(test)]).float()
+        matched = "same spectrum, random directions"
+        direct.append(controls.Arm(matched, found(blind), "chance"))
+        through.append(controls.Arm(matched, found(seen(draw(matched, blind))), "chance"))
+    equal = encoders.predict(name, model, controls.norm_equalised(test)).float()
+    direct.append(controls.Arm("norms made equal", found(equal), SURVIVES))
+    return Judged(name, found(said), found(features), tuple(direct), tuple(through), drawn, said)
+
+
+def _kernels(name: str, encoders: Encoders, population: Population, answers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The encoder's own kernel among training adapters (n, n), and of test adapters with them (m, n)."""
+    items, test = population.factors("train"), population.factors("test")
+    if name == "functional":
+        rows, others = unit(answers["train"]), unit(answers["test"])
+        return ridge.linear(rows), ridge.linear(others, rows)
+    if name == "gram":
+        assert encoders.gram is not None
+        kind: Kind = "cosine" if encoders.gram.normalised else "update"
+        layers = tuple(items[0])
+        weights = weights_of(items, layers, kind)
+        return (
+            gram(items, layers=layers, kind=kind, weights=weights),
+            gram(test, items, layers=layers, kind=kind, weights=weights),
         )
-    return Judged(
-        name,
-        retrieval(cosines(said, encoders.gallery), own, seed=seed),
-        retrieval(through, own, seed=seed),
-        tuple(arms),
-        drawn,
-        said,
-    )
+    scaled = [
+        (spectra(part, encoders.spectrum.layers) - encoders.spectrum.centre) / encoders.spectrum.spread for part in (items, test)
+    ]
+    return ridge.linear(scaled[0]), ridge.linear(scaled[1], scaled[0])
 
 
 def _nearest(kernel: Tensor, cross: Tensor) -> Tensor:
@@ -400,21 +444,46 @@ def _nearest(kernel: Tensor, cross: Tensor) -> Tensor:
 def trust(
     judged: Judged, encoders: Encoders, model: DiffusionModel, population: Population, answers: Mapping[str, Tensor]
 ) -> Trust:
-    """What the encoder may be trusted with: half of the nulls set its threshold, the other half and the test people try it."""
-    nulls = [split for split in NULLS if population.of(split)]
-    said = [encoders.predict(judged.name, model, population.factors(split), answers=answers[split]) for split in nulls]
-    # Every other null, so that both kinds are in both halves.
-    first = torch.cat([lengths(part)[0::2] for part in said]) if said else torch.zeros(1)
-    second = torch.cat([lengths(part)[1::2] for part in said]) if said else torch.zeros(0)
-    threshold = threshold_of(first) if said else float("inf")
-    flagged = lengths(judged.answers)
-    chance = {arm.name: arm.found.interval[1] for arm in judged.arms}
+    """What the encoder may be trusted with.
+
+    Each half of the null adapters tries the threshold that the other half sets; the higher of the two is kept, so that the false
+    alarms counted over all of them are, if anything, too many.
+    """
+    kinds = {
+        split: encoders.strength(
+            judged.name,
+            encoders.predict(judged.name, model, population.factors(split), answers=answers[split]),
+            answers[split],
+        )
+        for split in population.nulls
+    }
+    # Every other one, so that all kinds are in both halves.
+    halves = [torch.cat([part[start::2] for part in kinds.values()]) if kinds else torch.zeros(0) for start in (0, 1)]
+    limits = [threshold_of(half) if len(half) else float("inf") for half in halves]
+    known = [limit for limit in limits if limit != float("inf")]
+    tried = {
+        split: (
+            sum(int((part[start::2] > limits[1 - start]).sum()) for start in (0, 1)),
+            sum(len(part[start::2]) for start in (0, 1) if limits[1 - start] in known),
+        )
+        for split, part in kinds.items()
+    }
+    flagged = encoders.strength(judged.name, judged.answers, answers["test"])
+    # A threshold that nothing set is out of reach, and stays a number in the file.
+    threshold = max(known) if known else float(flagged.max())
     return Trust(
         encoder=judged.name, rank=judged.drawn.rank, interval=judged.drawn.interval, n=judged.drawn.n,
-        gallery=judged.drawn.gallery, controls=chance, threshold=threshold,
-        flagged_nulls=(int((second > threshold).sum()), len(second)),
+        gallery=judged.drawn.gallery, controls=_bounds(judged.drawn_arms), threshold=threshold,
+        flagged_nulls=(sum(hits for hits, _ in tried.values()), sum(n for _, n in tried.values())),
         flagged=(int((flagged > threshold).sum()), len(flagged)),
+        direct_rank=judged.direct.rank, direct_interval=judged.direct.interval, direct_controls=_bounds(judged.direct_arms),
+        null_kinds=tried,
     )  # fmt: skip
+
+
+def _bounds(arms: Sequence[controls.Arm]) -> dict[str, float]:
+    """Upper bounds of the controls that an encoder must beat."""
+    return {arm.name: arm.found.interval[1] for arm in arms if arm.expected != SURVIVES}
 
 
 def _count_error(count: Spectrum, population: Population) -> dict[str, float]:

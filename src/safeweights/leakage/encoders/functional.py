@@ -93,6 +93,10 @@ class Functional:
     offset: Tensor
     error: float
     """Leave-one-out squared error over the targets' variance."""
+    known: Tensor | None = None
+    """(n, F), the training adapters' rows minus their mean, of length 1; None in files of before they were kept."""
+    middle: Tensor | None = None
+    """(F,), that mean."""
 
     @classmethod
     def fit(cls, answers: Tensor, targets: Tensor) -> Functional:
@@ -102,20 +106,35 @@ class Functional:
         centred = fitted.weight - fitted.weight.mean(0)
         weight = rows.double().mT @ centred
         offset = fitted.mean - rows.double().mean(0) @ weight
-        return cls(weight.float(), offset.float(), ridge.loo_error(fitted, targets))
+        middle = rows.mean(0)
+        known = torch.nn.functional.normalize(rows - middle, dim=1)
+        return cls(weight.float(), offset.float(), ridge.loo_error(fitted, targets), known, middle)
 
     def predict(self, answers: Tensor) -> Tensor:
         """Targets (m, D)."""
         return (unit(answers) @ self.weight + self.offset).double()
 
+    def likeness(self, answers: Tensor) -> Tensor:
+        """Largest cosine (m,) with a training adapter's answers, at least 0: low for adapters unlike any of a subject.
+
+        An encoder has an answer to everything; what it says of an adapter of another kind is no reading. 1 where none are known.
+        """
+        if self.known is None or self.middle is None:
+            return torch.ones(len(answers))
+        rows = torch.nn.functional.normalize(unit(answers) - self.middle, dim=1)
+        found: Tensor = (rows @ self.known.mT).amax(1).clamp(min=0)
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything, ready for a safetensors file."""
-        return {"weight": self.weight, "offset": self.offset}
+        more = {"known": self.known, "middle": self.middle}
+        return {"weight": self.weight, "offset": self.offset} | {name: value for name, value in more.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Functional:
         """The inverse of `tensors`."""
-        return cls(tensors["weight"].float(), tensors["offset"].float(), error=float("nan"))
+        parts = {name: tensors[name].float() for name in ("known", "middle") if name in tensors}
+        return cls(tensors["weight"].float(), tensors["offset"].float(), float("nan"), **parts)
 
 
 def unit(answers: Tensor) -> Tensor:

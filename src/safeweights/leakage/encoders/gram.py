@@ -78,6 +78,14 @@ def gram(
     return total
 
 
+def weights_of(adapters: Sequence[Factors], layers: Sequence[str], kind: Kind) -> dict[str, float]:
+    """The layers' weights in a kernel: 1 / median squared norm where norms count, else all the same."""
+    return {
+        name: 1.0 / max(float(_norms(adapters, name).median()), 1e-20) if kind == "update" else 1.0 / len(layers)
+        for name in layers
+    }
+
+
 @dataclass(frozen=True)
 class Gram:
     """Predict the targets of an adapter from its inner products with adapters of known training data.
@@ -102,10 +110,7 @@ class Gram:
         layers = tuple(adapters[0])
         best: tuple[float, Gram] | None = None
         for kind in kinds:
-            weights = {
-                name: 1.0 / max(float(_norms(adapters, name).median()), 1e-20) if kind == "update" else 1.0 / len(layers)
-                for name in layers
-            }
+            weights = weights_of(adapters, layers, kind)
             found = ridge.fit(gram(adapters, layers=layers, kind=kind, weights=weights), targets)
             error = -ridge.loo_cosine(found, targets)
             if best is None or error < best[0]:
@@ -124,7 +129,6 @@ class Gram:
         """
         if self.kind == "left":
             raise ValueError("the left kernel is no linear function of the update")
-        n = len(self.adapters)
         alpha = self.ridge.weight - self.ridge.weight.mean(0)
         left, right, core = {}, {}, {}
         offset = self.ridge.mean - (self.ridge.rows - self.ridge.rows.mean()) @ self.ridge.weight
@@ -138,7 +142,6 @@ class Gram:
             small = torch.einsum("op,nok,kq->npq", u, updates, v)
             core[name] = torch.einsum("npq,nd->pqd", small, alpha).float() * self.weights[name]
             left[name], right[name] = u.float(), v.float()
-        assert n
         return Compressed(self.kind == "cosine", left, right, core, offset.float())
 
 

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from safeweights.leakage.canonical import Factors, canonical
+from safeweights.leakage.canonical import Factors, singular_values
 from safeweights.leakage.encoders import ridge
+from safeweights.leakage.encoders.gram import padded
 
 KEPT = 4
 """Singular values of each layer; further ones are left out, absent ones count as none."""
@@ -21,20 +22,20 @@ KEPT = 4
 
 def features(adapters: Sequence[Factors], layers: Sequence[str]) -> Tensor:
     """log norm and log singular values of every layer (n, layers * (1 + KEPT))."""
-    rows = []
-    for item in adapters:
-        parts = []
-        for name in layers:
-            s = canonical(*item[name]).s[:KEPT].float() if name in item else torch.zeros(0)
-            s = torch.cat([s, torch.zeros(KEPT - len(s))])
-            parts.append(torch.cat([s.square().sum()[None].sqrt(), s]).clamp(min=1e-8).log())
-        rows.append(torch.cat(parts))
-    return torch.stack(rows)
+    columns = []
+    for name in layers:
+        s = torch.zeros(len(adapters), KEPT)
+        # Rows of zeros, which lower ranks are filled up with, add singular values of zero only.
+        if any(name in item for item in adapters):
+            found = singular_values(*padded(adapters, name))[:, :KEPT].float()
+            s[:, : found.shape[1]] = found
+        columns += [s.square().sum(1, keepdim=True).sqrt(), s]
+    return torch.cat(columns, 1).clamp(min=1e-8).log()
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Ridge on standardised log spectra.   Cost: one small SVD a layer."""
+    """Ridge on standardised log spectra.   Cost: one small SVD a layer, all adapters at once."""
 
     name: ClassVar[str] = "spectrum"
     layers: tuple[str, ...]

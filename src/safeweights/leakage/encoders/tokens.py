@@ -18,6 +18,7 @@ from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.training import descend
 from safeweights.leakage.canonical import Factors, canonical
+from safeweights.leakage.encoders.gram import padded
 
 
 def steps_embedding(steps: Tensor, width: int) -> Tensor:
@@ -65,24 +66,27 @@ class Prepared:
     s: Tensor
 
     def rows(self, index: Tensor) -> Prepared:
+        """Some of the adapters."""
         return Prepared(tuple(part[index] for part in self.u), self.s[index])
+
+    def scales(self) -> Tensor:
+        """Root mean square of every layer's tokens (layers,)."""
+        return torch.stack([part.square().mean().sqrt().clamp(min=1e-12) for part in self.u])
+
+    def over(self, scales: Tensor) -> Prepared:
+        """Tokens divided by those of their layer."""
+        return Prepared(tuple(part / scale for part, scale in zip(self.u, scales, strict=True)), self.s)
 
 
 def prepare(adapters: Sequence[Factors], layers: Sequence[str], rank: int) -> Prepared:
     """(U, V) sqrt(S) and log S of every layer, lower ranks filled up with zeros."""
     us, ss = [], []
     for name in layers:
-        rows, strengths = [], []
-        for item in adapters:
-            token = canonical(*item[name])
-            scaled = (torch.cat([token.u, token.v]) * token.s.sqrt()).mT.float()[:rank]
-            rows.append(F.pad(scaled, (0, 0, 0, rank - len(scaled))))
-            strengths.append(
-                F.pad(token.s.float()[:rank].clamp(min=1e-6).log(), (0, rank - min(rank, len(token.s))), value=-14.0)
-            )
-        stacked = torch.stack(rows)
-        us.append(stacked / stacked.square().mean().sqrt().clamp(min=1e-12))
-        ss.append(torch.stack(strengths))
+        token = canonical(*padded(adapters, name))
+        scaled = (torch.cat([token.u, token.v], 1) * token.s.sqrt()[:, None]).mT.float()[:, :rank]
+        us.append(F.pad(scaled, (0, 0, 0, rank - scaled.shape[1])))
+        s = token.s.float()[:, :rank]
+        ss.append(F.pad(s, (0, rank - s.shape[1])).clamp(min=1e-6).log())
     return Prepared(tuple(us), torch.stack(ss, 1))
 
 
@@ -98,6 +102,8 @@ class Tokens:
     rank: int
     net: Mixer
     centre: Tensor
+    scales: Tensor
+    """Root mean square of the training adapters' tokens, by layer: an answer must not depend on who else is asked."""
     timestep: bool
 
     @classmethod
@@ -118,6 +124,8 @@ class Tokens:
         layers = tuple(adapters[0])
         rank = max(len(a) for a, _ in adapters[0].values())
         ready, centre = prepare(adapters, layers, rank), targets.float().mean(0)
+        scales = ready.scales()
+        ready = ready.over(scales)
         wanted = F.normalize(targets.float() - centre, dim=1)
         who = torch.as_tensor(list(subjects) if subjects is not None else list(range(len(adapters))))
         told = torch.as_tensor(list(fine_tuning_steps)) if fine_tuning_steps is not None else None
@@ -143,15 +151,15 @@ class Tokens:
             description="token encoder",
             facts={"adapters": len(adapters), "seed": seed, "batch": batch_size, "timestep": told is not None},
         )  # fmt: skip
-        return cls(layers, rank, net.eval(), centre, told is not None)
+        return cls(layers, rank, net.eval(), centre, scales, told is not None)
 
     @torch.no_grad()
     def predict(self, adapters: Sequence[Factors], fine_tuning_steps: Sequence[int] | None = None) -> Tensor:
         """Directions of targets (m, D), mean added; ``fine_tuning_steps`` for an encoder fitted with them."""
-        ready = prepare(adapters, self.layers, self.rank)
+        ready = prepare(adapters, self.layers, self.rank).over(self.scales)
         steps = torch.as_tensor(list(fine_tuning_steps)) if self.timestep and fine_tuning_steps is not None else None
         return (F.normalize(self.net(ready.u, ready.s, steps), dim=1) + self.centre).double()
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The network's tensors and the centre."""
-        return {"centre": self.centre, **self.net.state_dict()}
+        """The network's tensors, the centre and the scales."""
+        return {"centre": self.centre, "scales": self.scales, **self.net.state_dict()}

@@ -78,7 +78,7 @@ def encoders(bench: Bench) -> dict[str, Any]:
     """Train everything; retrieval directly and through the generator, each with its controls."""
     found, population, judged = train(
         bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
-        generator_steps=bench.options.generator_steps,
+        generator_steps=bench.options.generator_steps, generator_people=bench.options.generator_people,
     )  # fmt: skip
     given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only")}
     found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
@@ -347,8 +347,8 @@ def vnae(bench: Bench) -> dict[str, Any]:
     own, result = list(range(len(test))), {}
     latents = bench.work.load("taught")
     assert latents is not None
-    each = len(latents[0]["x_0"]) // len(made)
-    x_0 = latents[0]["x_0"].view(len(made), each, *bench.model.latent_shape)
+    each = latents[1]["each"]
+    x_0 = latents[0]["x_0"][: len(made) * each].view(len(made), each, *bench.model.latent_shape)
     adapters = [{step: factors_of(phi) for step, phi in item.after.items()} for item in made]
     for victim in (False, True):
         for timestep in (True, False):
@@ -370,7 +370,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--only", default=",".join(STAGES))
     for name, value in (
-        ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 100), ("generator-steps", 800), ("members", 40),
+        ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 100), ("generator-steps", 800), ("generator-people", 1000),
+        ("members", 40),
         ("drawn", 40), ("token-steps", 300), ("private", 20), ("vnae-steps", 400),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)

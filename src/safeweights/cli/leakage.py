@@ -134,6 +134,12 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Longest adapter training.")] = 40,
     generator_steps: Annotated[int, typer.Option("--generator-steps", min=1, help="Steps that teach the generator.")] = 800,
+    generator_people: Annotated[
+        int,
+        typer.Option(
+            "--generator-people", min=0, help="People without adapters that teach the generator too, where there are any."
+        ),
+    ] = 1000,
     together: Annotated[int, typer.Option("--together", min=1, help="Adapters trained at once.")] = 16,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -184,11 +190,13 @@ def train(
         chosen = {
             "base": base, "images": str(images) if images else None, "prompt": prompt, "embedder": name, "plan": asdict(plan),
             "null_images": str(null_images) if null_images else None,
-            "generator_steps": generator_steps, "together": together, "inputs": {"base": hash_of(base, model)},
+            "generator_steps": generator_steps, "generator_people": generator_people, "together": together,
+            "inputs": {"base": hash_of(base, model)},
         }  # fmt: skip
         with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
             encoders, _, judged = run(
-                model, source, plan, judge, embedder_name=name if embedder else "../embedder", generator_steps=generator_steps,
+                model, source, plan, judge, embedder_name=name if embedder else "../embedder",
+                generator_steps=generator_steps, generator_people=generator_people,
                 workspace=workspace_in(out.work), together=together,
             )  # fmt: skip
             # The sandbox's own embedder goes without saying: where it lies is this machine's business.

@@ -258,6 +258,7 @@ def train(
     *,
     embedder_name: str,
     generator_steps: int = 800,
+    generator_people: int = 1000,
     pictures_each: int = 8,
     pictures: int = 2,
     drawing_steps: int = 8,
@@ -266,7 +267,8 @@ def train(
 ) -> tuple[Encoders, Population, dict[str, Judged]]:
     """Everything from the adapters on; each stage is kept in ``workspace`` and not done twice.
 
-    The generator learns from ``pictures_each`` of every training person; encoders are judged by ``pictures`` of every
+    The generator learns from ``pictures_each`` of every training person and of up to ``generator_people`` more, of whom there
+    are no adapters; encoders are judged by ``pictures`` of every
     test person, drawn in ``drawing_steps``.
     """
     workspace = workspace or Workspace()
@@ -284,8 +286,9 @@ def train(
     images = torch.tensor([[float(item.entry.images)] for item in population.of("train")])
     count = Spectrum.fit(adapters, images)
     slot = _slot(
-        model, source, population, space, functional, targets, answers["train"], generator_steps, pictures_each, workspace
-    )
+        model, source, population, embedder, space, functional, targets, answers["train"], generator_steps, pictures_each,
+        generator_people, workspace,
+    )  # fmt: skip
     encoders = Encoders(
         space, probe, functional, linear.compress(), spectrum, count, slot, space(population.embeddings("test")), [],
         {
@@ -337,24 +340,37 @@ def probed(model: DiffusionModel, probe: Probe, population: Population, workspac
 
 
 def _slot(
-    model: DiffusionModel, source: Source, population: Population, space: Space, functional: Functional, targets: Tensor,
-    answers: Tensor, steps: int, each: int, workspace: Workspace,
+    model: DiffusionModel, source: Source, population: Population, embedder: Embedder, space: Space, functional: Functional,
+    targets: Tensor, answers: Tensor, steps: int, each: int, others: int, workspace: Workspace,
 ) -> Slot:  # fmt: skip
+    """The generator, taught by training people and by ``others`` nobody has trained an adapter on: it needs pictures alone."""
     stored = workspace.load("taught")
     ids = [item.entry.identity for item in population.of("train")]
-    told = {"people": ids, "each": each, "source": source.name, "model": fingerprint(model)}
+    used = {item.entry.identity for item in population.made}
+    spare = [identity for identity in range(len(source)) if identity not in used][:others]
+    each = min(each, HELD)
+    told = {"people": ids, "others": spare, "each": each, "source": source.name, "model": fingerprint(model)}
     if stored is None or stored[1] != told:
-        x_0 = torch.cat(
-            [model.encode(source.pictures(identity, 0, min(each, HELD)).to(model.device)).float().cpu() for identity in ids]
-        )
-        stored = {"x_0": x_0}, told
+        x_0, features = [], []
+        everybody = [*ids, *spare]
+        for place in workspace.track(range(len(everybody)), "pictures for the generator"):
+            try:
+                shown = source.pictures(everybody[place], 0, each).to(model.device)
+            except UserError:
+                if place < len(ids):
+                    raise
+                continue  # a folder of too few pictures; nobody needs these
+            x_0.append(model.encode(shown).float().cpu())
+            features.append(embed_pictures(embedder, shown[None])[0].cpu())
+        stored = {"x_0": torch.cat(x_0), "features": torch.stack(features)}, told
         workspace.save("taught", *stored)
     # How far the best encoder is off on people it was not fitted on.
-    rows = torch.arange(len(ids)).repeat_interleave(min(each, HELD))
     noise = (targets - functional.predict(answers).float()).std(0)
     loo = float(max(functional.error, 1e-3)) ** 0.5
     noise = torch.maximum(noise, 0.5 * loo * targets.std(0))
-    return teach(model, Taught(stored[0]["x_0"], rows, targets, noise), steps=steps, workspace=workspace.child("generator"))
+    z = torch.cat([targets, space(stored[0]["features"][len(ids) :])])
+    taught = Taught(stored[0]["x_0"], torch.arange(len(z)).repeat_interleave(each), z, noise)
+    return teach(model, taught, steps=steps, workspace=workspace.child("generator"))
 
 
 def judge(

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MASKED = {"mask", "owner"}
+"""Metadata entries of mask files: their tensors bear the names of weights and hold places."""
+
+
 @dataclass
 class Verdict:
     """What was looked at and what does not fit, one line each; "ok" only where something was looked at and all of it fits."""
@@ -127,6 +131,8 @@ def _tensors(path: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tenso
     for file, prefixes in places:
         try:
             with safe_open(file, framework="pt") as opened:
+                if MASKED & set(opened.metadata() or {}):
+                    continue
                 for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                     for name in dict.fromkeys(
                         prefix + part for prefix in prefixes for part in (key, key.removeprefix("text_model."))

@@ -67,6 +67,8 @@ def verify(path: Path, key: Path | None = None) -> Verdict:
     changed = manifest.get("changed")
     if isinstance(changed, dict) and changed:
         _check_tensors(path, {str(name): str(digest) for name, digest in changed.items()}, verdict)
+    if not (verdict.files or verdict.tensors or verdict.problems or verdict.signature == "valid"):
+        verdict.problems.append("nothing here could be checked: no manifest tells the files, and the signature needs its --key")
     return verdict
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -101,6 +102,8 @@ def _line(error: Exception) -> str:
         context: Any = getattr(error, "ctx", None)
         help_ = f"; see '{context.command_path} --help'" if context is not None else ""
         return plain(str(formatted()).rstrip("."), LONGEST) + help_
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full while writing {plain(error.filename or 'the output')}; free some space and repeat the command"
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         return "out of memory; draw smaller or fewer pictures, or use --device cpu or --dtype float16"
     return f"unexpected {type(error).__name__}: {plain(error, 300)} (SAFEWEIGHTS_DEBUG=1 shows where)"

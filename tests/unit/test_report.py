@@ -266,6 +266,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_page(
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".html"]
 
 
+def test_a_doubt_ends_before_what_it_means_begins(tmp_path: Path) -> None:
+    make.fill_all(tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    found = re.findall(r"<bdi>([^<]+)</bdi>(.?) <span class=\"soft\">", page)
+    assert found
+    assert all((text + end)[-1] in ".!?" for text, end in found)
+
+
 def test_a_folder_without_records_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no records"):
         write_report(tmp_path)

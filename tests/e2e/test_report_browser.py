@@ -79,6 +79,8 @@ def test_content_is_veiled_until_clicked_or_pressed(page: Any) -> None:
 def test_a_telephone_scrolls_down_only(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    heights = page.evaluate("[...document.querySelectorAll('.score strong')].map(e => e.getBoundingClientRect().height)")
+    assert max(heights) == min(heights), "figure and unit together"
 
 
 def test_every_setting_is_there_when_opened(page: Any) -> None:
@@ -158,6 +160,15 @@ def test_long_drawings_stay_in_the_page(page: Any) -> None:
       const box = text.getBoundingClientRect(), frame = text.closest('svg').getBoundingClientRect();
       return box.left < frame.left - 6 || box.right > frame.right + 6; }).map(text => text.textContent)""")
     assert outside == []
+
+
+def test_no_name_leaves_its_plot(page: Any) -> None:
+    beyond = page.evaluate(
+        """[...document.querySelectorAll('svg text')].filter(text => text.getBoundingClientRect().width > 0 &&
+        text.getBoundingClientRect().right > text.ownerSVGElement.getBoundingClientRect().right + 1)
+        .map(text => text.textContent)"""
+    )
+    assert beyond == []
 
 
 def test_text_is_legible(page: Any) -> None:

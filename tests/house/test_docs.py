@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [DOCS / name for name in ("tutorial.md", "commands.md", "howto/publisher.md", "howto/platform.md", "howto/researcher.md")]
+PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if path.name != "LOG.md")]
+"""All but the log, which tells of commands as they once were."""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,12 @@ def printed() -> list[tuple[str, str]]:
     """(page, command line) of every safeweights command the pages print."""
     found = []
     for path in PAGES:
-        for block in re.findall(r"^```(?:sh|console)\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-            lines = [line.removeprefix("$ ") for line in block.splitlines()]
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:sh|console|bash|)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            lines = [line.removeprefix("$ ") for line in block.replace("\\\n", " ").splitlines()]
             # "safeweights  0.1.0" is a line of what doctor prints.
             found += [(path.name, line) for line in lines if re.match(r"safeweights +[a-z]", line)]
+        found += [(path.name, line) for line in re.findall(r"`(safeweights [a-z][^`\n]*)`", text)]
     return found
 
 
@@ -63,7 +66,7 @@ def test_what_the_pages_print_can_be_typed(reference: Any) -> None:
     lines = printed()
     assert len(lines) > 25
     for page, line in lines:
-        words = shlex.split(line)[1:]
+        words = shlex.split(line.partition(" | ")[0], comments=True)[1:]
         name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
         assert name in known, f"{page}: {line}"
         options = {option for parameter in known[name].params for option in (*parameter.opts, *parameter.secondary_opts)}

@@ -107,6 +107,16 @@ def test_every_command_has_help_and_no_stub_exists(capsys: pytest.CaptureFixture
     assert "No such command" in told(capsys, "unheard-of")
 
 
+def test_an_error_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"version": 1, "steps": [{"erase": {"method": "\x1b[2J" + "x" * 10**6, "concepts": ["mosaic"]}}]}))
+    assert run(["run", str(path), "-o", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "unknown method to erase" in told
+    assert "\x1b" not in told
+    assert len(told) < 3000
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("safeweights ")

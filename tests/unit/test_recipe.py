@@ -293,6 +293,60 @@ def test_freezing_leaves_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not mask["frozen"][0].startswith("unet.")
     assert (mask["illegal"], mask["legal"]) == (["emblem"], ["mosaic"])
     assert mask["base_sha256"] == hash_input(tmp_path / "out" / "model"), "the model that is released"
+    again = {"freeze": {**freeze["freeze"], "settings": {"ratio": 0.2}}}
+    told(capsys, "run", written(tmp_path, steps=[freeze, again], audit=None, release={}), "-o", tmp_path / "two")
+    ratios = {path.name: json.loads(path.read_text())["ratio"] for path in (tmp_path / "two").glob("MASK*.json")}
+    assert ratios == {"MASK-1.json": 0.1, "MASK.json": 0.2}, "each freeze step has its own"
+
+
+PRUNE = {"steps": 2, "ramp": 1, "trajectories": 1, "retained": 2, "ddim_steps": 2, "budget": 0.02}
+PRUNED = {"prune": 0.02, **{f"prune_{name}": PRUNE[name] for name in ("steps", "ramp", "ddim_steps")}}
+
+
+def test_a_prune_step_leaves_what_prune_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = {"prune": {"method": "p-esd", "concepts": ["mosaic"], "settings": PRUNE}}
+    path = written(tmp_path, steps=[step], audit=None, release={"formats": ["diffusers"]})
+    result = told(capsys, "run", path, "-o", tmp_path / "out")
+    model, owner = tmp_path / "out" / "model", tmp_path / "out" / "owner"
+    # The very files that the command writes on its own.
+    settings = [word for name, value in PRUNE.items() for word in ("--set", f"{name}={value}")]
+    alone = ["erase", "sandbox", "--method", "p-esd", "--concept", "mosaic", *settings, "--device", "cpu"]
+    made = told(capsys, *alone, "-o", tmp_path / "alone", "--owner", tmp_path / "secret")
+    for one, other in ((model, tmp_path / "alone"), (owner, tmp_path / "secret")):
+        assert (one / "mask.safetensors").read_bytes() == (other / "mask.safetensors").read_bytes()
+    assert (owner / "owner.safetensors").read_bytes() == (tmp_path / "secret" / "owner.safetensors").read_bytes()
+    listed = json.loads((model / "manifest.json").read_text())["chain"][0]["mask"]
+    assert listed == {**made["mask"], "owner": "owner", "intact": True}
+    assert listed["sha256"] == hash_input(model / "mask.safetensors")
+    assert result["steps"][0]["mask"] == listed
+    # What undoes it stays in the house, and what leaves it holds against its manifest, recipe and all.
+    assert not list((tmp_path / "out" / "release").rglob("owner*"))
+    for place in (model, tmp_path / "out" / "release" / "diffusers"):
+        assert told(capsys, "verify", place)["ok"]
+    told(capsys, "prune", "undo", model, model / "mask.safetensors", owner / "owner.safetensors", "-o", tmp_path / "back")
+    assert told(capsys, "prune", "inspect", model / "mask.safetensors", "--model", tmp_path / "back")["state"] == "base"
+    # Taken from the steps that are kept, they are the same again.
+    before = (owner / "owner.safetensors").read_bytes()
+    told(capsys, "run", path, "-o", tmp_path / "out", "--overwrite")
+    assert (owner / "owner.safetensors").read_bytes() == before
+
+
+def test_masks_of_several_steps_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [
+        {"prune": {"method": "p-esd", "concepts": ["mosaic"], "settings": PRUNE}},
+        {"erase": {"method": "uce", "concepts": ["emblem"], "settings": PRUNED}},
+        {"prune": {"method": "p-esd", "concepts": ["emblem"], "settings": {**PRUNE, "conceal": "noise"}}},
+    ]
+    result = told(capsys, "run", written(tmp_path, steps=steps, audit=None, release={}), "-o", tmp_path / "out")
+    masks = [step["mask"] for step in result["steps"]]
+    assert [mask.get("file") for mask in masks] == ["mask-1.safetensors", "mask-2.safetensors", None], "noise hides the third"
+    assert [mask["owner"] for mask in masks] == ["owner/step-1", "owner/step-2", "owner/step-3"]
+    assert [mask["intact"] for mask in masks] == [False, False, True], "the last step has the last word"
+    model = tmp_path / "out" / "model"
+    assert sorted(path.name for path in model.glob("*.safetensors")) == ["mask-1.safetensors", "mask-2.safetensors"]
+    assert told(capsys, "verify", model)["ok"]
+    for mask in masks:
+        assert (tmp_path / "out" / mask["owner"] / "owner.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -529,6 +529,12 @@ def test_tampering_is_found_and_named(signed: Path, keys: Path, capsys: Any, tam
     assert "NOT VERIFIED" in out
 
 
+def test_nothing_checked_is_not_verified(signed: Path, capsys: Any) -> None:
+    (signed / "manifest.json").unlink()
+    assert run(["verify", str(signed)]) == 1
+    assert "nothing here could be checked" in capsys.readouterr().out
+
+
 def test_the_manifest_alone_finds_changed_tensors(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     """What ``erase`` leaves has no signature and no list of files; the weights' hashes are there."""
     folder = protect(tmp_path / "p", tiny_sd(), "attn2.to_k", "self_attn.q_proj.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import factories as make
+from safeweights.cli.main import run
 from safeweights.core.errors import UserError
 from safeweights.records.record import Artefact, Doubt, Measurement, Record
 from safeweights.records.store import Store, export, gather
@@ -244,6 +246,32 @@ def test_content_and_what_is_unknown_is_veiled(tmp_path: Path, kind: str) -> Non
     store = Store(tmp_path)
     store.add(make.attack(store, "esd", "random", 3, concept_kind=kind))
     assert 'class="veil"' in write_report(tmp_path).read_text()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make.fill(tmp_path, pictured=False)
+    page = tmp_path / "report.html"
+    page.write_text("old")
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full while writing")
+    monkeypatch.undo()
+    assert page.read_text() == "old"
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".html"]
+
+
+def test_a_doubt_ends_before_what_it_means_begins(tmp_path: Path) -> None:
+    make.fill_all(tmp_path)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    found = re.findall(r"<bdi>([^<]+)</bdi>(.?) <span class=\"soft\">", page)
+    assert found
+    assert all((text + end)[-1] in ".!?" for text, end in found)
 
 
 def test_a_folder_without_records_is_the_users_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import typer
 
 from safeweights import __version__
 from safeweights.core.errors import UserError
+from safeweights.release.text import plain
 
 app = typer.Typer(
     name="safeweights",
@@ -24,6 +26,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+LONGEST = 2000
+"""Characters of an error: names from files stand in it, whatever they hold."""
 
 
 def _version(wanted: bool) -> None:
@@ -90,16 +96,17 @@ def main() -> None:
 def _line(error: Exception) -> str:
     """One line that says what is wrong and how to mend it."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return plain(error, LONGEST)
     # typer's own errors: an unknown option, a missing argument, a value of the wrong type.
     if callable(formatted := getattr(error, "format_message", None)):
         context: Any = getattr(error, "ctx", None)
         help_ = f"; see '{context.command_path} --help'" if context is not None else ""
-        return " ".join(str(formatted()).rstrip(".").split()) + help_
+        return plain(str(formatted()).rstrip("."), LONGEST) + help_
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full while writing {plain(error.filename or 'the output')}; free some space and repeat the command"
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         return "out of memory; draw smaller or fewer pictures, or use --device cpu or --dtype float16"
-    text = " ".join(str(error).split())[:300]
-    return f"unexpected {type(error).__name__}: {text} (SAFEWEIGHTS_DEBUG=1 shows where)"
+    return f"unexpected {type(error).__name__}: {plain(error, 300)} (SAFEWEIGHTS_DEBUG=1 shows where)"
 
 
 def _quiet(debug: bool) -> None:

@@ -94,8 +94,9 @@ def protect(
             opened, concepts, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)
         )
         protection.apply(opened).save(out.folder)
+        masked: dict[str, Any] = {}
         if protection.mask is not None:
-            _write_mask(protection, out.folder, owner, overwrite=overwrite or resume)
+            masked = {"mask": _write_mask(protection, out.folder, owner, overwrite=overwrite or resume)}
         return write_manifest(
             out.folder,
             command=list(command or ["safeweights", *sys.argv[1:]]),
@@ -107,20 +108,17 @@ def protect(
             tensors=protection.tensors,
             cost=protection.cost,
             seconds=time.perf_counter() - started,
+            **masked,
         )
 
 
-def _write_mask(protection: Protection, folder: Path, owner: Path | None, *, overwrite: bool) -> None:
-    from safeweights.diffusion.masks import restored_tensors
-    from safeweights.release.mask_files import MASK, OWNER, write_mask, write_owner
+def _write_mask(protection: Protection, folder: Path, owner: Path | None, *, overwrite: bool) -> dict[str, Any]:
+    from safeweights.release.mask_files import MASK, write_masks
 
-    mask = protection.mask
-    assert mask is not None
-    before = restored_tensors(protection.tensors, mask)
-    facts = {"method": protection.method, "concepts": list(protection.concepts), "settings": dict(protection.settings)}
-    if mask.fill == "zero":
-        write_mask(folder / MASK, mask, before, facts)
+    assert protection.mask is not None
+    # Noise hides the places: then only the owner gets the mask that tells them.
+    told = write_masks(protection, mask=folder / MASK if protection.mask.fill == "zero" else None)
     if owner is not None:
         with output_folder(owner, overwrite=overwrite) as kept:
-            write_mask(kept.folder / MASK, mask, before, facts)
-            write_owner(kept.folder / OWNER, mask, before)
+            write_masks(protection, owner=kept.folder)
+    return told

@@ -32,9 +32,14 @@ if TYPE_CHECKING:
     from safeweights.audit.policy import Verdict
     from safeweights.audit.suites import Cell
     from safeweights.core.concept import Concept
+    from safeweights.core.method import Protection
     from safeweights.core.model import DiffusionModel, Sampling
     from safeweights.release.output import Output
     from safeweights.release.recipe import Plan, Step
+
+
+_MADE = ("command", "seed", "inputs", "cost", "seconds", "peak_memory_gb", "versions")
+"""What a mask tells of how it was made."""
 
 
 def command(
@@ -145,6 +150,7 @@ class Kitchen:
             model, chain, frozen, changed = self._protect(out)
             folder = out.folder / "model"
             model.save(folder)
+            self._leave_masks(out, model, chain)
             self._manifest(folder, chain, changed)
             result: dict[str, Any] = {
                 "output": str(target),
@@ -160,8 +166,7 @@ class Kitchen:
                 }
             result["release"] = self._release(out.folder, target)
             self._leave_recipe(out.folder)
-            if frozen:
-                self._write_mask(out.folder, model, chain, frozen)
+            self._write_frozen(out.folder, model, chain, frozen)
             _link(out.work / "steps", out.folder / "steps")
             result["seconds"] = round(time.perf_counter() - started, 3)
             write_json(out.folder / "run.json", result)
@@ -180,18 +185,25 @@ class Kitchen:
             if not place.exists():
                 _link(out.target / name, place)
 
-    def _protect(self, out: Output) -> tuple[DiffusionModel, list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
-        """Every step, each on what the one before made, taken from the cache where it is there."""
+    def _protect(self, out: Output) -> tuple[DiffusionModel, list[dict[str, Any]], dict[int, list[str]], dict[str, Tensor]]:
+        """Every step, each on what the one before made, taken from the cache where it is there.
+
+        Returns the model, what manifests tell of each step, the names that a step of that number freezes, and all that changed.
+        """
         cache, model = Workspace(out.work / "steps"), self.base
         chain: list[dict[str, Any]] = []
-        frozen: dict[str, Any] = {}
+        frozen: dict[int, list[str]] = {}
         changed: dict[str, Tensor] = {}
         for number, (step, key) in enumerate(zip(self.plan.recipe.steps, self.keys(), strict=True), start=1):
             head = f"step {number} of {len(self.plan.recipe.steps)}: {step.title}"
             kept = cache.load(key)
+            if kept is not None and self._prunes(step) and "mask" not in kept[1]:
+                kept = None  # an earlier version kept no masks
             if kept is None:
                 say(head, always=True)
-                kept = self._step(step, key, model, out, edited=bool(changed))
+                protection, facts = self._step(step, key, model, out, edited=bool(changed))
+                self._keep_mask(protection, out.work / "steps" / key)
+                kept = dict(protection.tensors), facts
                 # Whole or not at all: a kill before this line repeats the step from its own last checkpoint.
                 cache.save(key, *kept)
                 say(f"  {kept[1]['seconds']:.0f} s", always=True)
@@ -202,7 +214,7 @@ class Kitchen:
             model = model.with_tensors(tensors)
             changed |= tensors
             if facts["frozen"]:
-                frozen = {"step": step, "names": facts["frozen"], "settings": facts["settings"]}
+                frozen[number] = facts["frozen"]
             chain.append(
                 {
                     "verb": step.verb, "method": step.method, "concepts": step.concepts, "key": key, "seed": self.seed(step),
@@ -210,13 +222,14 @@ class Kitchen:
                     "changed": {name: hash_tensor(tensor) for name, tensor in sorted(tensors.items())},
                     "frozen": len(facts["frozen"]), "cost": facts["cost"], "seconds": facts["seconds"],
                     "peak_memory_gb": facts["peak_memory_gb"], "versions": facts["versions"],
+                    **({"mask": facts["mask"]} if facts.get("mask") else {}),
                 }
             )  # fmt: skip
         return model, chain, frozen, changed
 
     def _step(
         self, step: Step, key: str, model: DiffusionModel, out: Output, *, edited: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> tuple[Protection, dict[str, Any]]:
         """Make one protection; its checkpoints lie under its key."""
         from safeweights.diffusion.noise import generator
         from safeweights.diffusion.shots import with_drawn_folder
@@ -239,10 +252,48 @@ class Kitchen:
         concepts = shown(step.concepts)
         own = replace(workspace_in(folder), meter=Meter(model.calls))
         protection = method.protect(model, concepts, retain=self.plan.file.retain, rng=generator(seed), workspace=own, **more)
-        return dict(protection.tensors), {
+        mask = protection.mask
+        return protection, {
+            "mask": None if mask is None else {"pruned": mask.count, "fill": mask.fill},
             "settings": describe(method), "frozen": sorted(protection.frozen), "cost": dict(protection.cost),
             "seconds": round(time.perf_counter() - started, 3), "peak_memory_gb": peak_memory_gb(), "versions": versions(),
         }  # fmt: skip
+
+    def _prunes(self, step: Step) -> bool:
+        """Whether a step's method prunes."""
+        return bool(getattr(self.method(step), "prunes", False))
+
+    @staticmethod
+    def _keep_mask(protection: Protection, folder: Path) -> None:
+        """The mask of a step that prunes, and what undoes it, beside what the step made."""
+        from safeweights.release.mask_files import write_masks
+
+        shutil.rmtree(folder, ignore_errors=True)
+        if protection.mask is not None:
+            folder.mkdir(parents=True)
+            write_masks(protection, owner=folder)
+
+    @staticmethod
+    def _leave_masks(out: Output, model: DiffusionModel, chain: list[dict[str, Any]]) -> None:
+        """What ``prune`` needs, as ``erase --owner`` leaves it: the mask in the model's folder, what undoes it in ``owner``.
+
+        Where several steps prune, the file and the owner's folder have the step's number. A mask that is hidden by noise is the
+        owner's alone. The chain is told the files, and whether the finished model is still as this step pruned it.
+        """
+        from safeweights.release.mask_files import MASK, OWNER, masked_tensors, read_mask, state_of
+
+        pruned = [(number, step) for number, step in enumerate(chain, start=1) if "mask" in step]
+        for number, step in pruned:
+            kept, alone = out.work / "steps" / step["key"], len(pruned) == 1
+            owner = Path("owner") if alone else Path("owner") / f"step-{number}"
+            file = read_mask(kept / MASK)
+            if step["mask"]["fill"] == "zero":
+                name = MASK if alone else f"mask-{number}.safetensors"
+                shutil.copyfile(kept / MASK, out.folder / "model" / name)
+                step["mask"] |= {"file": name, "sha256": hash_input(kept / MASK)}
+            for name in (MASK, OWNER):
+                _link(kept / name, out.folder / owner / name)
+            step["mask"] |= {"owner": owner.as_posix(), "intact": state_of(masked_tensors(model, file), file) == "pruned"}
 
     def _manifest(self, folder: Path, chain: list[dict[str, Any]], changed: Mapping[str, Tensor]) -> None:
         recipe = self.plan.recipe
@@ -277,21 +328,26 @@ class Kitchen:
             for n, step in enumerate(self.plan.recipe.steps, start=1)
         }
 
-    def _write_mask(self, folder: Path, model: DiffusionModel, chain: list[dict[str, Any]], frozen: Mapping[str, Any]) -> None:
-        """``MASK.json`` for the model that is released: what the last freeze step says must not be trained."""
+    def _write_frozen(
+        self, folder: Path, model: DiffusionModel, chain: list[dict[str, Any]], frozen: Mapping[int, list[str]]
+    ) -> None:
+        """``MASK.json`` for the model that is released: what the last freeze step says must not be trained.
+
+        Where several steps freeze, the earlier ones' masks have the step's number.
+        """
         from safeweights.freezing.guard import shares, unet_shapes
         from safeweights.records.mask import NAME, Mask, architecture
 
-        step: Step = frozen["step"]
-        made = next(entry for entry in reversed(chain) if entry["verb"] == "freeze")
-        mask = Mask(
-            frozen=frozenset(frozen["names"]), ratio=frozen["settings"]["ratio"], budget=frozen["settings"]["budget"],
-            base_sha256=hash_input(folder / "model"), architecture=architecture(model), illegal=tuple(step.concepts),
-            legal=tuple(step.legal), achieved=shares(frozenset(frozen["names"]), unet_shapes(model)), method=step.method,
-            settings=frozen["settings"],
-            made={name: made[name] for name in ("command", "seed", "inputs", "cost", "seconds", "peak_memory_gb", "versions")},
-        )  # fmt: skip
-        write_json(folder / NAME, mask.as_json())
+        for number, names in frozen.items():
+            step, made = self.plan.recipe.steps[number - 1], chain[number - 1]
+            settings = made["options"]["settings"]
+            mask = Mask(
+                frozen=frozenset(names), ratio=settings["ratio"], budget=settings["budget"],
+                base_sha256=hash_input(folder / "model"), architecture=architecture(model), illegal=tuple(step.concepts),
+                legal=tuple(step.legal), achieved=shares(frozenset(names), unet_shapes(model)), method=step.method,
+                settings=settings, made={name: made[name] for name in _MADE},
+            )  # fmt: skip
+            write_json(folder / (NAME if number == max(frozen) else f"MASK-{number}.json"), mask.as_json())
 
     def cells(self, inputs: Mapping[str, str], sampling: Sampling) -> list[Cell]:
         """The cells of the audit."""
@@ -353,10 +409,15 @@ class Kitchen:
 
     def _leave_recipe(self, folder: Path) -> None:
         """The recipe travels with every folder that was made by it; a single file has it in its manifest."""
+        from safeweights.release.manifest import NAME as MANIFEST
+        from safeweights.release.manifest import hash_files, read_manifest
         from safeweights.release.recipe import NAME
 
         for place in (folder, folder / "model", *(path for path in sorted((folder / "release").glob("*")) if path.is_dir())):
             shutil.copyfile(self.plan.path, place / NAME)
+            manifest = read_manifest(place)
+            if "files" in manifest:  # 'verify' asks for every file that is there, and for no other
+                write_json(place / MANIFEST, manifest | {"files": hash_files(place)})
 
     def estimate(self) -> dict[str, Any]:
         """The plan: for each step and for the audit about how many model calls, and from a few of them how many seconds."""
@@ -378,7 +439,7 @@ class Kitchen:
             }  # fmt: skip
         parts = [*steps, *([audit] if audit else [])]
         return {
-            "steps": steps, "audit": audit, "release": ["diffusers", *self.plan.recipe.release.formats],
+            "steps": steps, "audit": audit, "release": list(dict.fromkeys(["diffusers", *self.plan.recipe.release.formats])),
             "calls": sum(part["calls"] for part in parts), "seconds": round(sum(part["seconds"] for part in parts), 1),
             "seconds_per_call": one,
         }  # fmt: skip
@@ -402,8 +463,8 @@ def estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
 
 def _told(step: Mapping[str, Any]) -> dict[str, Any]:
     """What the JSON of ``run`` says of a step."""
-    kept = ("verb", "method", "concepts", "key", "frozen", "seconds")
-    return {**{name: step[name] for name in kept}, "changed": len(step["changed"])}
+    kept = ("verb", "method", "concepts", "key", "frozen", "seconds", "mask")
+    return {**{name: step[name] for name in kept if name in step}, "changed": len(step["changed"])}
 
 
 def _link(source: Path, place: Path) -> None:

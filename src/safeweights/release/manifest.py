@@ -48,12 +48,16 @@ def write_manifest(
     tensors: Mapping[str, Tensor],
     cost: Mapping[str, float],
     seconds: float,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Write and return the manifest. ``tensors`` are the changed ones; ``inputs`` maps each input to its SHA-256."""
+    """Write and return the manifest. ``tensors`` are the changed ones; ``inputs`` maps each input to its SHA-256.
+
+    ``more`` are further entries: what a method leaves beside the model.
+    """
     manifest = make_manifest(
         command=command, method=method, concepts=concepts, options=options, seed=seed, inputs=inputs, tensors=tensors, cost=cost,
         seconds=seconds,
-    )  # fmt: skip
+    ) | more  # fmt: skip
     write_json(folder / NAME, manifest)
     return manifest
 

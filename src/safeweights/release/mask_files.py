@@ -16,9 +16,10 @@ from torch import Tensor
 
 from safeweights.core.errors import UserError
 from safeweights.core.mask import Mask
+from safeweights.core.method import Protection
 from safeweights.core.model import DiffusionModel
 from safeweights.diffusion.masks import pruned_tensors, restored_tensors
-from safeweights.release.manifest import hash_tensor
+from safeweights.release.manifest import hash_input, hash_tensor
 
 MASK, OWNER = "mask.safetensors", "owner.safetensors"
 _FORMAT = "safeweights-mask-1"
@@ -42,6 +43,25 @@ class MaskFile:
     def entries(self) -> int:
         """Entries of the masked tensors, pruned or not."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+def write_masks(protection: Protection, *, mask: Path | None = None, owner: Path | None = None) -> dict[str, Any]:
+    """Write what a protection that pruned leaves: its mask to the file ``mask``, and mask and values to the folder ``owner``.
+
+    Returns what a manifest says of it: how many weights were pruned, what stands there now, and the SHA-256 of the mask file.
+    """
+    made = protection.mask
+    assert made is not None
+    before = restored_tensors(protection.tensors, made)
+    facts = {"method": protection.method, "concepts": list(protection.concepts), "settings": dict(protection.settings)}
+    told: dict[str, Any] = {"pruned": made.count, "fill": made.fill}
+    if mask is not None:
+        write_mask(mask, made, before, facts)
+        told |= {"file": mask.name, "sha256": hash_input(mask)}
+    if owner is not None:
+        write_mask(owner / MASK, made, before, facts)
+        write_owner(owner / OWNER, made, before)
+    return told
 
 
 def write_mask(path: Path, mask: Mask, before: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MASKED = {"mask", "owner"}
+"""Metadata entries of mask files: their tensors bear the names of weights and hold places."""
+
+
 @dataclass
 class Verdict:
     """What was looked at and what does not fit, one line each; "ok" only where something was looked at and all of it fits."""
@@ -63,6 +67,8 @@ def verify(path: Path, key: Path | None = None) -> Verdict:
     changed = manifest.get("changed")
     if isinstance(changed, dict) and changed:
         _check_tensors(path, {str(name): str(digest) for name, digest in changed.items()}, verdict)
+    if not (verdict.files or verdict.tensors or verdict.problems or verdict.signature == "valid"):
+        verdict.problems.append("nothing here could be checked: no manifest tells the files, and the signature needs its --key")
     return verdict
 
 
@@ -127,6 +133,8 @@ def _tensors(path: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tenso
     for file, prefixes in places:
         try:
             with safe_open(file, framework="pt") as opened:
+                if MASKED & set(opened.metadata() or {}):
+                    continue
                 for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                     for name in dict.fromkeys(
                         prefix + part for prefix in prefixes for part in (key, key.removeprefix("text_model."))

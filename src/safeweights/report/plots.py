@@ -271,7 +271,7 @@ def _line(spec: dict[str, Any]) -> _Drawing:
     tags = len(series) + len(levels)
     height = max(290.0, 90.0 + 17 * tags)
     longest = max(len(name) for name in [*(entry[0] for entry in series), *(entry[0] for entry in levels)])
-    box = (52.0, 34.0, WIDTH - min(230.0, 26 + 7.2 * longest), height - 50)
+    box = (52.0, 34.0, WIDTH - min(280.0, 30 + 9.0 * longest), height - 50)
     xs = [x for _, points, _ in series for x, _ in points]
     ys = [y for _, points, _ in series for _, y in points] + [y for _, y in levels]
     ys += [value for _, _, band in series for _, *pair in band for value in pair]

@@ -101,7 +101,8 @@ def test_order_one_is_order_two_with_the_users_step_taken_for_a_constant(tiny_mo
         gradients[order] = (float(loss), grads)
     assert abs(gradients[1][0] - gradients[2][0]) < 1e-5
     assert torch.allclose(gradients[1][1], gradients[0][1], atol=1e-6, rtol=1e-4)
-    assert not torch.allclose(gradients[1][1], gradients[2][1], atol=1e-6, rtol=1e-4)
+    if inner == "sgd":  # Adam's first step is a sign, without a derivative: see below
+        assert not torch.allclose(gradients[1][1], gradients[2][1], atol=1e-6, rtol=1e-4)
 
 
 def test_the_second_order_gradient_is_that_of_finite_differences(tiny_model: Any) -> None:
@@ -176,3 +177,35 @@ def test_a_bounded_loss_stops_rising(tiny_model: Any) -> None:
     assert float(grads(tight).abs().max()) == 0
     assert torch.equal(grads(wide), grads(plain))
     assert float(grads(plain).abs().max()) > 0
+
+
+def test_the_first_step_of_adam_has_no_derivative(tiny_model: Any) -> None:
+    """It is the sign of the gradient whatever its size, so that order 2 is order 1 there; later steps do depend on it."""
+    apart = []
+    for step in (0, 2):
+        gradients = []
+        for order in (1, 2):
+            play = game(tiny_model, order=order, adaptations=("lora",), inner_lrs=(1e-2,))
+            with twice_differentiable():
+                for before in range(step):
+                    play.look_ahead(0, before, play.episode(before))
+                    play.look_ahead(1, before, play.episode(before))
+                play.loss_at(step).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in play.student.trainable().values() if p.grad is not None]))
+        apart.append(float((gradients[0] - gradients[1]).norm() / gradients[0].norm()))
+    assert apart[0] < 0.02 < apart[1]
+    assert apart[1] < 1
+
+
+def test_the_merge_of_users_is_not_blown_up_by_directions_that_text_hardly_uses() -> None:
+    """Ordinary text spans few directions, as text encoders' features do: what concepts have outside them is not blown up."""
+    rng = torch.Generator().manual_seed(0)
+    fall = 10.0 ** -torch.arange(0, 8, 0.5, dtype=torch.float64)
+    regular, *features = (torch.randn(n, 16, generator=rng, dtype=torch.float64) * fall.sqrt() for n in (200, 3, 3))
+    exact = {"ridge": 1e-4, "prior": 1e-6}
+    for name in ("mima", "compose"):
+        ours, papers = (
+            method(name, **settings).fuse(features, regular).projectors.norm()  # type: ignore[attr-defined]
+            for settings in ({}, exact)
+        )
+        assert 5 * ours < papers

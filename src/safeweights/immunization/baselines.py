@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from safeweights.core.concept import Concept
 from safeweights.core.method import Protection
@@ -49,7 +50,23 @@ class Compose(Bilevel):
     """
 
     name: ClassVar[str] = "compose"
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": PAPER}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "small": {},
+        "paper": {**PAPER, "ridge": 1e-4, "prior": 1e-6},
+    }
+
+    ridge: float = 1e-2
+    """Steadies the merge where concepts share tokens, in parts of the mean diagonal; 0 meets every constraint exactly; >= 0."""
+    prior: float = 1e-1
+    """The same for the directions that ordinary text hardly uses, which the merge would else blow up; > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ridge < 0 or self.prior <= 0:
+            raise ValueError("ridge must not be negative and prior must be above zero")
+
+    def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
+        return Merge.fit(features, regular, ridge=self.ridge, prior=self.prior)
 
     def groups(self, concepts: Sequence[Concept]) -> list[list[int]]:
         return [[*range(len(concepts))]]
@@ -71,7 +88,7 @@ class Compose(Bilevel):
                 super().protect(model, [concept], retain=retain, rng=alone, workspace=workspace.child(f"alone {concept.name}"))
             )
         features = [concept_features(model, concept) for concept in concepts]
-        merge = Merge.fit(features, text_features(model, retained_prompts(concepts, retain)))
+        merge = self.fuse(features, text_features(model, retained_prompts(concepts, retain)))
         base = dict(model.named_parameters())
         merged = merge.tensors(base, [part.tensors for part in parts], select(base.items(), "xattn_kv"))
         return Protection(

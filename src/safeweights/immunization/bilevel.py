@@ -31,6 +31,8 @@ from safeweights.diffusion.training import descend
 
 Kind = Literal["lora", "full", "textual-inversion", "custom-diffusion"]
 BETAS = (0.9, 0.999)
+STEADY = 0.03
+"""Adam's step of an entry is differentiated where its gradients are at least this part of its tensor's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Bilevel:
     captions: tuple[Literal["own", "without"], ...] = ("own",)
     """What users call their pictures, drawn for each episode: their own captions, or those without the concept."""
     inner: Literal["adam", "sgd"] = "adam"
-    """The users' optimiser. Adam's second moments count as constants when a step is differentiated."""
+    """The users' optimiser. Both of Adam's moments are differentiated with order 2."""
     horizon: int = 50
     """Steps of an episode, after which users start anew; 0: nobody adapts, the loss is raised directly; >= 0."""
     inner_steps: int = 1
@@ -105,6 +107,10 @@ class Bilevel:
     def groups(self, concepts: Sequence[Concept]) -> list[list[int]]:
         """The concepts (by place) that each simulated user learns."""
         raise NotImplementedError
+
+    def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
+        """The merge of the users' weights, from token features of their concepts and of ordinary text."""
+        return Merge.fit(features, regular)
 
     def protect(
         self,
@@ -184,7 +190,7 @@ class Game:
         self.merge: Merge | None = None
         if len(self.users) > 1:
             features = [concept_features(model, concept) for concept in concepts]
-            self.merge = Merge.fit(features, text_features(model, retained_prompts(concepts, retain)))
+            self.merge = method.fuse(features, text_features(model, retained_prompts(concepts, retain)))
         self.keys_and_values = select(model.named_parameters(), "xattn_kv")
         self.retained: tuple[Shots, Shots] | None = None
         if max(method.keep, method.benign, method.self_destruct) > 0:
@@ -298,10 +304,17 @@ class Game:
             def turned(name: str, g: Tensor, count: int = count) -> Tensor:
                 if method.inner == "sgd":
                     return g
+                # Where an entry's gradient is next to nothing, its step jumps with its sign and has no derivative worth having.
+                past = BETAS[1] * kept["v"][name]
+                told = (past + (1 - BETAS[1]) * g.detach().square()).sqrt()
+                g = torch.where(told > STEADY * told.square().mean().sqrt(), g, g.detach())
                 m = BETAS[0] * kept["m"][name] + (1 - BETAS[0]) * g
-                v = BETAS[1] * kept["v"][name] + (1 - BETAS[1]) * g.detach().square()
-                kept["m"][name], kept["v"][name] = m.detach(), v
-                return (m / (1 - BETAS[0] ** count)) / ((v / (1 - BETAS[1] ** count)).sqrt() + 1e-8)
+                # v is no constant: Adam's first step is the sign of the gradient, whose derivative is zero and not 1 / |g|.
+                v = past + (1 - BETAS[1]) * g.square()
+                kept["m"][name], kept["v"][name] = m.detach(), v.detach()
+                # The root has no derivative at zero; the floor is far below Adam's eps.
+                size = (v / (1 - BETAS[1] ** count)).clamp(min=1e-24).sqrt()
+                return (m / (1 - BETAS[0] ** count)) / (size + 1e-8)
 
             def loss(moving: Phi, k: int = k) -> Tensor:
                 return self.learning(user, moving, (step, k), episode)

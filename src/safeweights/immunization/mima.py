@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from safeweights.core.concept import Concept
+from safeweights.diffusion.merging import Merge
 from safeweights.immunization.bilevel import Bilevel
 
 
@@ -31,12 +34,25 @@ class MIMA(Bilevel):
         "paper": {
             "parameters": "xattn", "adaptations": ("full",), "inner_lrs": (1e-5,), "horizon": 1, "inner": "sgd",
             "upper": "ascent", "steps": 500, "lr": 3e-5, "weight_decay": 1e-2, "keep": 1.0, "batch_size": 1, "pictures": 20,
-            "retained": 200, "ddim_steps": 50, "guidance": 7.5,
+            "retained": 200, "ddim_steps": 50, "guidance": 7.5, "ridge": 1e-4, "prior": 1e-6,
         },
     }  # fmt: skip
 
     order: Literal[1, 2] = 2
     """2 differentiates the users' last step exactly, through the merge; 1 takes its gradient for a constant."""
+
+    ridge: float = 1e-2
+    """Steadies the merge where concepts share tokens, in parts of the mean diagonal; 0 meets every constraint exactly; >= 0."""
+    prior: float = 1e-1
+    """The same for the directions that ordinary text hardly uses, which the merge would else blow up; > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ridge < 0 or self.prior <= 0:
+            raise ValueError("ridge must not be negative and prior must be above zero")
+
+    def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
+        return Merge.fit(features, regular, ridge=self.ridge, prior=self.prior)
 
     def groups(self, concepts: Sequence[Concept]) -> list[list[int]]:
         return [[n] for n in range(len(concepts))]

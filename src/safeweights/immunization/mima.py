@@ -17,7 +17,7 @@ from safeweights.immunization.bilevel import Bilevel
 class MIMA(Bilevel):
     """Adapt the model to each concept alone, merge what came out, and move the model to where the merge knows none of them.
 
-    max_{theta in S_u}  sum_n L(x_u[n], c[n]; Merge({theta'_[n]}))   s.t.   theta'_[n] = argmin L(x_l[n], c[n]; theta)
+    max_{theta in S_u}  1/N sum_n L(x_u[n], c[n]; Merge({theta'_[n]}))   s.t.   theta'_[n] = argmin L(x_l[n], c[n]; theta)
     theta'_[n] = theta - alpha grad L(x_l[n], c[n]; theta),   Merge: `diffusion.merging.Merge` for keys and values, else the mean
 
     Needs: pictures of every concept, their folders' or drawn.   Cost: a pass forward and backward for each concept and level, one

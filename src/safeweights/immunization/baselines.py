@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from safeweights.core.concept import Concept
 from safeweights.core.method import Protection
@@ -15,10 +14,10 @@ from safeweights.core.model import DiffusionModel
 from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.drawn_set import retained_prompts
-from safeweights.diffusion.merging import Merge, concept_features, text_features
+from safeweights.diffusion.merging import concept_features, text_features
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
-from safeweights.immunization.bilevel import Bilevel
+from safeweights.immunization.bilevel import Bilevel, Merging
 from safeweights.immunization.imma import PAPER
 
 
@@ -40,7 +39,7 @@ class JT(Bilevel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compose(Bilevel):
+class Compose(Merging):
     """IMMA for every concept alone, merged afterwards: keys and values in closed form, all else averaged.
 
     theta = Merge({theta_[n]}),   theta_[n] = IMMA of concept n
@@ -54,19 +53,6 @@ class Compose(Bilevel):
         "small": {},
         "paper": {**PAPER, "ridge": 1e-4, "prior": 1e-6},
     }
-
-    ridge: float = 1e-2
-    """Steadies the merge where concepts share tokens, in parts of the mean diagonal; 0 meets every constraint exactly; >= 0."""
-    prior: float = 1e-1
-    """The same for the directions that ordinary text hardly uses, which the merge would else blow up; > 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ridge < 0 or self.prior <= 0:
-            raise ValueError("ridge must not be negative and prior must be above zero")
-
-    def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
-        return Merge.fit(features, regular, ridge=self.ridge, prior=self.prior)
 
     def groups(self, concepts: Sequence[Concept]) -> list[list[int]]:
         return [[*range(len(concepts))]]

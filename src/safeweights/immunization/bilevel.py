@@ -109,8 +109,8 @@ class Bilevel:
         raise NotImplementedError
 
     def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
-        """The merge of the users' weights, from token features of their concepts and of ordinary text."""
-        return Merge.fit(features, regular)
+        """The merge of several users' weights, from token features of their concepts and of ordinary text."""
+        raise NotImplementedError
 
     def protect(
         self,
@@ -150,6 +150,24 @@ class Bilevel:
             settings=describe(self),
             cost={"steps": self.steps, "eps_calls": model.calls.eps - calls, "loss": losses[-1]},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Bilevel):
+    """What methods that merge share: how the closed form is steadied."""
+
+    ridge: float = 1e-2
+    """Steadies the merge where concepts share tokens, in parts of the mean diagonal; 0 meets every constraint exactly; >= 0."""
+    prior: float = 1e-1
+    """The same for the directions that ordinary text hardly uses, which the merge would else blow up; > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ridge < 0 or self.prior <= 0:
+            raise ValueError("ridge must not be negative and prior must be above zero")
+
+    def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
+        return Merge.fit(features, regular, ridge=self.ridge, prior=self.prior)
 
 
 @dataclass(frozen=True)

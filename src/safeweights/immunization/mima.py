@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
 from safeweights.core.concept import Concept
-from safeweights.diffusion.merging import Merge
-from safeweights.immunization.bilevel import Bilevel
+from safeweights.immunization.bilevel import Merging
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIMA(Bilevel):
+class MIMA(Merging):
     """Adapt the model to each concept alone, merge what came out, and move the model to where the merge knows none of them.
 
     max_{theta in S_u}  1/N sum_n L(x_u[n], c[n]; Merge({theta'_[n]}))   s.t.   theta'_[n] = argmin L(x_l[n], c[n]; theta)
@@ -40,19 +37,6 @@ class MIMA(Bilevel):
 
     order: Literal[1, 2] = 2
     """2 differentiates the users' last step exactly, through the merge; 1 takes its gradient for a constant."""
-
-    ridge: float = 1e-2
-    """Steadies the merge where concepts share tokens, in parts of the mean diagonal; 0 meets every constraint exactly; >= 0."""
-    prior: float = 1e-1
-    """The same for the directions that ordinary text hardly uses, which the merge would else blow up; > 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ridge < 0 or self.prior <= 0:
-            raise ValueError("ridge must not be negative and prior must be above zero")
-
-    def fuse(self, features: Sequence[Tensor], regular: Tensor) -> Merge:
-        return Merge.fit(features, regular, ridge=self.ridge, prior=self.prior)
 
     def groups(self, concepts: Sequence[Concept]) -> list[list[int]]:
         return [[n] for n in range(len(concepts))]

@@ -202,7 +202,7 @@ class Kitchen:
             if kept is None:
                 say(head, always=True)
                 protection, facts = self._step(step, key, model, out, edited=bool(changed))
-                self._keep_mask(protection, out.work / "steps" / key)
+                facts["mask"] = self._keep_mask(protection, out.work / "steps" / key)
                 kept = dict(protection.tensors), facts
                 # Whole or not at all: a kill before this line repeats the step from its own last checkpoint.
                 cache.save(key, *kept)
@@ -252,9 +252,7 @@ class Kitchen:
         concepts = shown(step.concepts)
         own = replace(workspace_in(folder), meter=Meter(model.calls))
         protection = method.protect(model, concepts, retain=self.plan.file.retain, rng=generator(seed), workspace=own, **more)
-        mask = protection.mask
         return protection, {
-            "mask": None if mask is None else {"pruned": mask.count, "fill": mask.fill},
             "settings": describe(method), "frozen": sorted(protection.frozen), "cost": dict(protection.cost),
             "seconds": round(time.perf_counter() - started, 3), "peak_memory_gb": peak_memory_gb(), "versions": versions(),
         }  # fmt: skip
@@ -264,14 +262,15 @@ class Kitchen:
         return bool(getattr(self.method(step), "prunes", False))
 
     @staticmethod
-    def _keep_mask(protection: Protection, folder: Path) -> None:
-        """The mask of a step that prunes, and what undoes it, beside what the step made."""
+    def _keep_mask(protection: Protection, folder: Path) -> dict[str, Any] | None:
+        """Write the mask of a step that prunes, and what undoes it, beside what the step made; what manifests say of it."""
         from safeweights.release.mask_files import write_masks
 
         shutil.rmtree(folder, ignore_errors=True)
-        if protection.mask is not None:
-            folder.mkdir(parents=True)
-            write_masks(protection, owner=folder)
+        if protection.mask is None:
+            return None
+        folder.mkdir(parents=True)
+        return write_masks(protection, owner=folder)
 
     @staticmethod
     def _leave_masks(out: Output, model: DiffusionModel, chain: list[dict[str, Any]]) -> None:

@@ -65,9 +65,7 @@ def permuted_pairs(
     total = torch.zeros(len(cross), len(gallery), dtype=torch.float64)
     ranks: list[float] = []
     for time in range(times):
-        order = torch.randperm(len(targets), generator=generator("permuted pairs", seed, time))
-        fitted = ridge.fit(kernel, targets[order])
-        scores = cosines(fitted.predict(cross), gallery, targets.mean(0))
+        scores = cosines(permuted_answers(kernel, cross, targets, time=time, seed=seed), gallery, targets.mean(0))
         ranks.append(float(percentile_ranks(scores, own).mean()))
         total += scores
     mean = retrieval(total / times, own, seed=seed)
@@ -77,10 +75,10 @@ def permuted_pairs(
     return Arm("permuted pairs", _with(mean, float(middle.mean()), (low, high)), "chance")
 
 
-def permuted_answers(kernel: Tensor, cross: Tensor, targets: Tensor, *, seed: int = 0) -> Tensor:
-    """What the first refit of `permuted_pairs` says (m, D), for a generator to draw."""
-    order = torch.randperm(len(targets), generator=generator("permuted pairs", seed, 0))
-    return ridge.fit(kernel, targets[order]).predict(cross).float()
+def permuted_answers(kernel: Tensor, cross: Tensor, targets: Tensor, *, time: int = 0, seed: int = 0) -> Tensor:
+    """What one refit of `permuted_pairs`, the ``time``-th, says (m, D)."""
+    order = torch.randperm(len(targets), generator=generator("permuted pairs", seed, time))
+    return ridge.fit(kernel, targets[order]).predict(cross)
 
 
 def norm_equalised(adapters: Sequence[Factors]) -> list[dict[str, tuple[Tensor, Tensor]]]:

@@ -25,9 +25,15 @@ def cosines(predicted: Tensor, gallery: Tensor, centre: Tensor | None = None) ->
 
 def percentile_ranks(scores: Tensor, own: Sequence[int]) -> Tensor:
     """Share of the other gallery entries (n,) that score lower than the own one; ties count half. 0.5 is chance, 1 the best."""
-    mine = scores[torch.arange(len(scores)), torch.as_tensor(own)][:, None]
-    below = (scores < mine).sum(1) + 0.5 * ((scores == mine).sum(1) - 1)
-    return below.double() / (scores.shape[1] - 1)
+    return _every_rank(scores)[torch.arange(len(scores)), torch.as_tensor(own)]
+
+
+def _every_rank(scores: Tensor) -> Tensor:
+    """The percentile rank of every gallery entry for every adapter (n, m)."""
+    scores = scores.contiguous()
+    ordered = scores.sort(1).values
+    below, up_to = (torch.searchsorted(ordered, scores, right=right).double() for right in (False, True))
+    return (below + 0.5 * (up_to - below - 1)) / (scores.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,8 @@ def retrieval(scores: Tensor, own: Sequence[int], *, permutations: int = PERMUTA
 def permutation_p(scores: Tensor, own: Sequence[int], *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
     """(1 + times a permutation of the labels ranks as high on average) / (1 + permutations)."""
     places = torch.as_tensor(own).numpy()
-    # The percentile rank of every gallery entry for every adapter, once; a permutation then only looks them up.
-    ordered = scores.contiguous().sort(1).values
-    below, up_to = (torch.searchsorted(ordered, scores.contiguous(), right=right).double() for right in (False, True))
-    table = ((below + 0.5 * (up_to - below - 1)) / (scores.shape[1] - 1)).numpy()
+    # Every rank once; a permutation then only looks them up.
+    table = _every_rank(scores).numpy()
     rows, rng = np.arange(len(scores)), np.random.default_rng(seed)
     observed, high = table[rows, places].mean(), 0
     for start in range(0, permutations, 1000):

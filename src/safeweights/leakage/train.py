@@ -268,8 +268,7 @@ def train(
     """Everything from the adapters on; each stage is kept in ``workspace`` and not done twice.
 
     The generator learns from ``pictures_each`` of every training person and of up to ``generator_people`` more, of whom there
-    are no adapters; encoders are judged by ``pictures`` of every
-    test person, drawn in ``drawing_steps``.
+    are no adapters; encoders are judged by ``pictures`` of every test person, drawn in ``drawing_steps``.
     """
     workspace = workspace or Workspace()
     population = gather(model, source, plan, embedder, workspace=workspace, together=together)
@@ -349,9 +348,9 @@ def _slot(
     used = {item.entry.identity for item in population.made}
     spare = [identity for identity in range(len(source)) if identity not in used][:others]
     each = min(each, HELD)
-    told = {"people": ids, "others": spare, "each": each, "source": source.name, "model": fingerprint(model)}
+    told = {"people": ids, "spare": spare, "each": each, "source": source.name, "model": fingerprint(model)}
     if stored is None or stored[1] != told:
-        x_0, features = [], []
+        x_0, features = [], [population.embeddings("train")[:0].cpu()]
         everybody = [*ids, *spare]
         for place in workspace.track(range(len(everybody)), "pictures for the generator"):
             try:
@@ -361,14 +360,15 @@ def _slot(
                     raise
                 continue  # a folder of too few pictures; nobody needs these
             x_0.append(model.encode(shown).float().cpu())
-            features.append(embed_pictures(embedder, shown[None])[0].cpu())
-        stored = {"x_0": torch.cat(x_0), "features": torch.stack(features)}, told
+            if place >= len(ids):  # the others' embeddings are known
+                features.append(embed_pictures(embedder, shown[None]).cpu())
+        stored = {"x_0": torch.cat(x_0), "features": torch.cat(features)}, told
         workspace.save("taught", *stored)
     # How far the best encoder is off on people it was not fitted on.
     noise = (targets - functional.predict(answers).float()).std(0)
     loo = float(max(functional.error, 1e-3)) ** 0.5
     noise = torch.maximum(noise, 0.5 * loo * targets.std(0))
-    z = torch.cat([targets, space(stored[0]["features"][len(ids) :])])
+    z = torch.cat([targets, space(stored[0]["features"])])
     taught = Taught(stored[0]["x_0"], torch.arange(len(z)).repeat_interleave(each), z, noise)
     return teach(model, taught, steps=steps, workspace=workspace.child("generator"))
 
@@ -407,7 +407,7 @@ def judge(
     kernel, cross = _kernels(name, encoders, population, answers)
     targets = encoders.space(population.embeddings("train"))
     nearest = targets[_nearest(kernel, cross)]
-    permuted = controls.permuted_answers(kernel, cross, targets, seed=seed)
+    permuted = controls.permuted_answers(kernel, cross, targets, seed=seed).float()
     centre = torch.zeros(said.shape[1])
     direct = [
         *controls.simple(said, encoders.gallery, own, centre=centre, nearest=nearest, seed=seed),

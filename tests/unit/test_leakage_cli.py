@@ -48,6 +48,12 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         drawing_steps=2,
         workspace=Workspace(folder / "w"),
     )
+    # The generator also learns from people without adapters, and from nobody who judges it.
+    taught = Workspace(folder / "w").load("taught")
+    assert taught is not None
+    spare = taught[1]["spare"]
+    assert spare == list(range(14, len(Colours())))
+    assert (len(taught[0]["x_0"]), len(taught[0]["features"])) == (2 * (10 + len(spare)), len(spare))
     assert {known.encoder for known in found.trusts} == {"functional", "gram", "spectrum"}
     assert all(arm.found.rank == 0.5 for arm in judged["functional"].direct_arms if arm.name == "prior mean")
     # Both paths have their controls, and the false alarms are known by kind of null.

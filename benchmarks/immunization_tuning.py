@@ -3,7 +3,7 @@
     python benchmarks/immunization_tuning.py runs.yaml -o DIR
 
 ``runs.yaml`` is a list of runs: {label, method: none | imma | mima | jt | compose, concepts: [mosaic], settings: {…}}. The start
-is the sandbox with each concept erased by ESD, one after the other. A re-learner with LoRA's defaults learns each concept from
+is the sandbox with each concept erased by ESD, one after the other, or by UCE together (start: uce). A re-learner with LoRA's defaults learns each concept from
 12 pictures; a benign user learns "polka dot", a style the model has never seen, from 12 drawings. Results go to
 DIR/results.jsonl, a line a run; runs that are there are skipped, and the file is read anew after each.
 """
@@ -50,6 +50,14 @@ class Bench:
         features = default_backbones(self.file).open_features()
         assert features is not None
         self.alike = CosineSimilarity(features)
+
+    def start(self, how: str, names: list[str]) -> DiffusionModel:
+        """The model before it is immunized: erased by ESD or UCE, or unedited."""
+        if how == "esd":
+            return self.erased(names)
+        if how == "uce":
+            return method("uce").protect(self.base, self.file.pick(names), retain=self.file.retain, rng=generator(0)).apply(self.base)
+        return self.base
 
     def erased(self, names: list[str]) -> DiffusionModel:
         """ESD, one concept after the other, as strong as benchmarks/specs/foundation.yaml has it."""
@@ -150,7 +158,7 @@ class Bench:
         """One immunizer, measured."""
         names = plan["concepts"]
         concepts = self.file.pick(names)
-        start = self.erased(names) if plan.get("start", "esd") == "esd" else self.base
+        start = self.start(plan.get("start", "esd"), names)
         model, seconds, loss = start, 0.0, None
         if plan["method"] != "none":
             made = configure(resolve(IMMUNIZERS, plan["method"], "method"), plan.get("settings", {}))

@@ -3,9 +3,9 @@
     python benchmarks/immunization_tuning.py runs.yaml -o DIR
 
 ``runs.yaml`` is a list of runs: {label, method: none | imma | mima | jt | compose, concepts: [mosaic], settings: {…}}. The start
-is the sandbox with each concept erased by ESD, one after the other, or by UCE together (start: uce). A re-learner with LoRA's defaults learns each concept from
-12 pictures; a benign user learns "polka dot", a style the model has never seen, from 12 drawings. Results go to
-DIR/results.jsonl, a line a run; runs that are there are skipped, and the file is read anew after each.
+is the sandbox with each concept erased by ESD, one after the other, or by UCE together (start: uce). A re-learner with LoRA's
+defaults learns each concept from 12 pictures; a benign user learns "polka dot", a style the model has never seen, from 12
+drawings. Results go to DIR/results.jsonl, a line a run; runs that are there are skipped, and the file is read anew after each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Bench:
         if how == "esd":
             return self.erased(names)
         if how == "uce":
-            return method("uce").protect(self.base, self.file.pick(names), retain=self.file.retain, rng=generator(0)).apply(self.base)
+            made = method("uce").protect(self.base, self.file.pick(names), retain=self.file.retain, rng=generator(0))
+            return made.apply(self.base)
         return self.base
 
     def erased(self, names: list[str]) -> DiffusionModel:

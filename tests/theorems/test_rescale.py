@@ -98,6 +98,14 @@ def test_in_half_precision_the_difference_stays_below_its_rounding(tiny_sd: Call
     assert float((predict(protected) - predict(half)).abs().max()) < 2 * rounding
 
 
+def test_what_half_precision_cannot_hold_is_refused(tiny_sd: Callable[..., Path]) -> None:
+    half = open_model(str(tiny_sd()), device="cpu", dtype="float16")
+    name = next(name for name, _ in half.named_parameters() if name.endswith("attn1.to_q.weight"))
+    dict(half.named_parameters())[name].data[0, 0] = 60000.0
+    with pytest.raises(UserError, match="overflows float16"):
+        apply_in_weights(half, frozenset({name}))
+
+
 def test_biases_and_norms_cannot_be_reached(model: Any) -> None:
     names = [name for name, _ in model.named_parameters()]
     extra = held(model, r"to_out\.0\.bias|conv_out|norm1\.weight")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from safeweights.cli.main import run
 from safeweights.core.errors import UserError
-from safeweights.freezing.enforce import beside_frozen, is_adapter
+from safeweights.freezing.enforce import beside_frozen, compare, is_adapter
 from safeweights.models.door import open_model
 from safeweights.records.mask import Mask, read_mask
 from safeweights.release.output import output_file
@@ -307,6 +307,30 @@ def test_an_attack_that_honours_a_mask_says_so(tiny_model: Any, tmp_path: Path) 
     (adapted,) = attack.adapt(tiny_model, dog, Sampling(steps=2), None, None)
     assert adapted.phi
     assert not set(adapted.phi) & read_mask(mask).frozen
+
+
+def test_what_is_built_into_the_unet_beside_frozen_tensors_is_found() -> None:
+    base = {"unet.a.weight": torch.ones(2), "text_encoder.b": torch.ones(2)}
+    found = compare(base, {**base, "unet.c.weight": torch.ones(2), "text_encoder.d": torch.ones(2)}, frozenset({"unet.a.weight"}))
+    assert [(violation.tensor, violation.kind) for violation in found.violations] == [("unet.c.weight", "extra")]
+
+
+def test_a_difference_of_a_bias_touches_the_bias(tiny_model: Any) -> None:
+    known = [name for name, _ in tiny_model.named_parameters()]
+    key = "lora_unet_conv_in.diff_b"
+    (found,) = beside_frozen([key], known, frozenset({"unet.conv_in.bias"}))
+    assert found.tensor == "unet.conv_in.bias"
+    assert not beside_frozen([key], known, frozenset({"unet.conv_in.weight"}))
+
+
+def test_partners_of_a_freeze_in_the_weights_are_verified(base: str, tuned: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    norm = "down_blocks.0.attentions.0.transformer_blocks.0.norm2.weight"
+    # A merged LoRA leaves norms alone; a full fine-tune does not.
+    mask = mask_of(tmp_path / "MASK.json", "conv_in", partners=[norm])
+    assert verdict(capsys, base, tuned["merged"], mask)[0] == 0
+    code, told = verdict(capsys, base, tuned["full"], mask)
+    assert code == 1
+    assert f"unet.{norm}" in [violation["tensor"] for violation in told["violations"]]
 
 
 # ------------------------------------------------------------------------------------------------------- apply

@@ -160,7 +160,7 @@ def verify(
         matches = note_other_base(mask, hash_of(base, opened), mask_file)
         place = model_path(base)
         config = place if place is not None and place.is_dir() else None
-        found = compare_with(opened, finetuned, mask.frozen, config=config, device=device)
+        found = compare_with(opened, finetuned, mask.held, config=config, device=device)
         told = {"base": base, "finetuned": finetuned, "mask": str(mask_file), "base_matches": matches, **found.as_json()}
         if found.complied:
             show(told, f"complied: all {found.checked} frozen tensors are as they were released")
@@ -168,7 +168,7 @@ def verify(
             first = found.violations[0]
             show(
                 told,
-                f"not complied: {len(found.violations)} of {found.checked} frozen tensors were touched",
+                f"not complied: {len(found.violations)} violations; {found.checked} frozen tensors checked",
                 f"first: {first.tensor}: {first.why}",
             )
     if not found.complied:

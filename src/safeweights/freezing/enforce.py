@@ -30,7 +30,7 @@ class Violation:
 
     tensor: str
     kind: str
-    """changed, missing, shape, or adapter (one stands beside it, not merged)."""
+    """changed, missing, shape, extra (a UNet tensor the base lacks), or adapter (one stands beside it, not merged)."""
     why: str
 
 
@@ -89,7 +89,7 @@ def verify(
 
 
 def compare(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], frozen: frozenset[str]) -> Compliance:
-    """Frozen tensors of two models, in the base's order."""
+    """Frozen tensors of two models, in the base's order, then tensors that were built into the UNet beside them."""
     violations, rounded = [], 0
     for name in (name for name in base if name in frozen):
         if name not in tuned:
@@ -107,6 +107,10 @@ def compare(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], frozen: fro
             share = float((apart > 0).float().mean())
             told = f"{100 * share:.1f} % of its entries changed, by up to {float(apart.max()):.3g}"
             violations.append(Violation(name, "changed", told))
+    # A layer that the base lacks can do what a frozen one was not allowed to.
+    for name in tuned:
+        if name not in base and name.startswith("unet."):
+            violations.append(Violation(name, "extra", "the base's UNet has no such tensor"))
     return Compliance(sum(name in frozen for name in base), rounded, tuple(violations))
 
 
@@ -125,13 +129,11 @@ def beside_frozen(
         layer = _layer(key, flat)
         if layer is None:
             raise UserError(f"{file}: {key!r} names no layer of the base; this adapter was made for another model")
-        touched[layer] = None
-    found = []
-    for layer in touched:
-        # The weight is what an adapter adds to; a frozen bias beside a free weight is left as it is.
-        weight = f"{layer}.weight"
-        if weight in frozen:
-            found.append(Violation(weight, "adapter", f"{file} adds to this frozen weight"))
+        # An adapter adds to the weight and leaves the bias as it is, unless it brings the bias's difference.
+        touched[f"{layer}.{'bias' if key.endswith('.diff_b') else 'weight'}"] = None
+    found = [
+        Violation(name, "adapter", f"{file} adds to this frozen {name.rpartition('.')[2]}") for name in touched if name in frozen
+    ]
     order = {name: place for place, name in enumerate(known)}
     return sorted(found, key=lambda violation: order.get(violation.tensor, 0))
 

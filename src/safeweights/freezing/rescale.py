@@ -43,8 +43,13 @@ class Rescaling:
     """Frozen tensors that no exact rewriting makes large: biases, norms, and what reads or writes the residual stream."""
 
     def tensors(self, model: DiffusionModel) -> dict[str, Tensor]:
-        """The new values of all tensors that change, in the dtype of ``model``."""
-        return scaled(dict(model.named_parameters()), self.exponents)
+        """The new values of all tensors that change, in the dtype of ``model``. Raises UserError where that cannot hold them."""
+        found = scaled(dict(model.named_parameters()), self.exponents)
+        for name, value in found.items():
+            if not bool(torch.isfinite(value).all()):
+                told = str(value.dtype).removeprefix("torch.")
+                raise UserError(f"{name} times 2^{max(self.exponents[name])} overflows {told}; take a smaller power or float32")
+        return found
 
 
 def rescale(names: Sequence[str], frozen: Iterable[str], *, power: int = 6, share: float = 0.5, nearly: bool = True) -> Rescaling:

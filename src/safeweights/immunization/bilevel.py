@@ -217,7 +217,8 @@ class Game:
             # In random order: with fewer pictures than prompts, the first of them must not be all that is held.
             prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=rng).tolist()]
             kept = drawn_shots(
-                model, prompts, n=method.retained, sampling=sampling, seed=rng.initial_seed(), workspace=workspace.child("retained"),
+                model, prompts, n=method.retained, sampling=sampling, seed=rng.initial_seed(),
+                workspace=workspace.child("retained"),
             )  # fmt: skip
             # Only a user who learns them needs pictures of their own.
             self.retained = halves(kept, rng) if method.benign > 0 else (kept, kept)

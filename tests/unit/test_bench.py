@@ -353,6 +353,7 @@ def test_several_concepts_in_one_model_that_was_erased_first(tmp_path: Path) -> 
         ({"methods": [{"name": "imma", "together": True, "only": ["fish"]}]}, "'only' names 'fish'"),
         ({"methods": ["none", {"name": "imma", "only": ["mosaic"]}], "benign": []}, "needs 'together: true'"),
         ({"methods": [{"name": "jt", "together": True, "per_concept": {"mosaic": {"steps": 3}}}]}, "no per_concept"),
+        ({"attacks": [{"name": "random", "joint": True}]}, "'joint' is for relearn"),
     ],
 )  # fmt: skip
 def test_wrong_groups_and_starts_are_told(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
@@ -367,6 +368,17 @@ def test_a_group_is_kept_whole_and_has_a_baseline(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="protected together"):
         spec.narrowed(concepts=["mosaic"])
     assert spec.narrowed(concepts=["mosaic", "emblem"], methods=["mima"]).baselines() == {"mima": "mima"}
+
+
+def test_a_joint_user_learns_the_whole_group(tmp_path: Path) -> None:
+    spec = group_of_two(tmp_path, attacks=[{**RELEARN, "joint": True}])
+    cells = [cell for cell in prepare(spec, tmp_path / "out").cells if cell.kind == "attack" and cell.method == "mima"]
+    mosaic, emblem = (spec.file().concepts[name].texts for name in ("mosaic", "emblem"))
+    assert {cell.concept: list(cell.attack_settings["along"]) for cell in cells} == {
+        "mosaic": [emblem[i % len(emblem)] for i in range(2)], "emblem": [mosaic[i % len(mosaic)] for i in range(2)],
+        "harmless": [],
+    }  # fmt: skip
+    assert [outcome.said for outcome in measured(spec, tmp_path / "out") if not outcome.ok] == []
 
 
 def test_one_concept_of_a_group_is_immunized_and_all_are_attacked(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safeweights.attacks.relearning.relearn import Relearn
 from safeweights.audit.audit import Names, audit
 from safeweights.audit.relearning import QUICK, STRESS, Checkpoint, steps_to_recovery, strongest, worst_case
+from safeweights.core.attack import Original
 from safeweights.core.concept import Concept, Prompt
 from safeweights.core.detector import Detection
 from safeweights.core.errors import UserError
@@ -134,6 +135,18 @@ def test_a_concept_with_pictures_is_learnt_from_some_and_compared_with_the_other
     rate, alike = measured.details["plots"]
     assert [point[0] for point in rate["series"][0]["points"]] == [0, 1]
     assert alike["y"]["label"] == "similarity"
+
+
+def test_further_concepts_are_learnt_along(tiny_model: Any) -> None:
+    original = Original(tiny_model, lambda n: torch.zeros(n, 3, 16, 16))
+    attack = Relearn(pictures=2, along=("a boat", "a house", "a boat"))
+    shots = attack._shots(tiny_model, CONCEPT, attack.finetune(tiny_model), SAMPLING, original, Workspace())
+    assert shots.captions == (*(CONCEPT.texts[i % len(CONCEPT.texts)] for i in range(2)), "a boat", "a house", "a boat")
+    assert len(shots.x_0) == 5
+    assert not torch.equal(shots.x_0[2], shots.x_0[4])  # a prompt that stands there twice has two pictures
+    word = dataclasses.replace(attack, adaptation="textual-inversion")
+    with pytest.raises(UserError, match="along needs"):
+        word._shots(tiny_model, CONCEPT, word.finetune(tiny_model), SAMPLING, original, Workspace())
 
 
 def test_the_audit_keeps_pictures_of_every_checkpoint(tiny_model: Any, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_text_becomes_the_type_of_the_field() -> None:
     given = parse_settings(["lr=1e-4", "steps=3", "mode=fast", "clip=no", "limit=none", "names=a,b", "sizes=2,3"])
     made = configure(Sample, given)
     assert made == Sample(lr=1e-4, steps=3, mode="fast", clip=False, limit=None, names=("a", "b"), sizes=(2, 3))
-    assert describe(made)["names"] == ("a", "b")
+    assert describe(made)["names"] == ["a", "b"]
 
 
 def test_a_setting_may_hold_an_equals_sign() -> None:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safeweights.bench.spec import METHODS, NONE, SANDBOX, Bench, MethodEntry, judged
+from safeweights.bench.spec import METHODS, NONE, SANDBOX, AttackEntry, Bench, MethodEntry, judged
 from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
@@ -144,12 +144,22 @@ def plan(spec: Bench, model: DiffusionModel, reference_hash: str) -> list[Cell]:
                             continue
                         tuned = resolve(ATTACKS, attack.name, "attack").access == "weights"
                         for aim in (concept, *file.pick(learnt if tuned else [])):
+                            more = joining(attack, aim, group)
                             yield Cell(
                                 kind="attack", counts={"n": spec.prompts}, sampling=sampling, attack=attack.title,
                                 likeness=spec.likeness.model_dump(exclude_defaults=True) if tuned else {},
-                                attack_name=attack.name, attack_given=attack.settings, attack_settings=attacks[attack.title],
+                                attack_name=attack.name, attack_given={**attack.settings, **more},
+                                attack_settings={**attacks[attack.title], **more},
                                 **{**common, "concept": aim.name, "concept_kind": aim.kind},
                             )  # fmt: skip
+
+    def joining(attack: AttackEntry, concept: Concept, group: Sequence[str]) -> dict[str, Any]:
+        """A joint user of one of a group's concepts also learns as many pictures of each other one."""
+        if not attack.joint or concept.name not in group:
+            return {}
+        others = file.pick([name for name in group if name != concept.name])
+        count = attacks[attack.title]["pictures"]
+        return {"along": [other.texts[i % len(other.texts)] for other in others for i in range(count)]}
 
     def starting(entry: MethodEntry) -> dict[str, Any]:
         if entry.start is None:

@@ -69,6 +69,9 @@ class MethodEntry(_Named):
 class AttackEntry(_Named):
     """An attack under a label."""
 
+    joint: bool = False
+    """For relearn on models that protect ``together``: the user learns all concepts of the group at once, as in MIMA's paper."""
+
 
 def _entry(value: Any) -> Any:
     """``- uce`` stands for ``- {name: uce}``."""
@@ -301,6 +304,8 @@ def _check(spec: Bench) -> None:
             _configured(METHODS, entry.name, "method", settings)
     for attack in spec.attacks:
         _configured(ATTACKS, attack.name, "attack", attack.settings)
+        if attack.joint and (attack.name != "relearn" or "along" in attack.settings):
+            raise UserError(f"attack {attack.title!r}: 'joint' is for relearn, and says itself what is learnt 'along'")
 
 
 def _configured(registry: Mapping[str, str], name: str, what: str, settings: Mapping[str, Any]) -> None:

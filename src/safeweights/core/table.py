@@ -147,9 +147,10 @@ def _build(cls: type[Any], settings: Mapping[str, Any], latent_pixels: int | Non
 
 
 def describe(instance: Any) -> dict[str, Any]:
-    """Every setting of a method or attack after defaults, ready for JSON."""
+    """Every setting of a method or attack after defaults, as JSON gives it back: lists, no tuples."""
     own = getattr(instance, "describe", None)
-    return own() if callable(own) else dataclasses.asdict(instance)
+    told: dict[str, Any] = own() if callable(own) else dataclasses.asdict(instance)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

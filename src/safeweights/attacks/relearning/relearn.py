@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from safeweights.attacks.relearning.finetune import FineTune, caption
 from safeweights.core.attack import Access, Budget, Candidate, Mode, Original, Revival, Target
@@ -17,9 +20,6 @@ from safeweights.diffusion.adaptation import Adapted, Shots
 from safeweights.diffusion.image_folder import read_folder
 from safeweights.diffusion.shots import drawn_shots
 from safeweights.records.mask import read_mask
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,8 @@ class Relearn:
     source: str = ""
     """A folder of pictures of the concept from elsewhere, instead of the original model's; ``{concept}`` in it is the concept's
     name. Without it, a concept that has its own pictures is learnt from the last of them (publishers take the first)."""
+    along: tuple[str, ...] = ()
+    """Prompts of further concepts. The original model's pictures of them, one each, are learnt at the same time."""
     mask: str = ""
     """A MASK.json that this fine-tuner honours, and the record says so; empty is one who honours none."""
     seed: int = 0
@@ -184,6 +186,28 @@ class Relearn:
         original: Original | None,
         workspace: Workspace,
     ) -> Shots:
+        own = self._own(model, concept, tuned, sampling, original, workspace)
+        if not self.along:
+            return own
+        if tuned.new_word is not None:
+            raise UserError(f"relearn: {self.adaptation} learns a word for one concept; along needs full, dreambooth or lora")
+        if original is None:
+            raise UserError("relearn: pictures of the prompts in along are drawn by the reference model; the audit gives it")
+        further = drawn_shots(
+            original.model, self.along, n=len(self.along), sampling=sampling, seed=self.seed, workspace=workspace.child("along")
+        )
+        return Shots(torch.cat([own.x_0, further.x_0.to(own.x_0)]), (*own.captions, *further.captions))
+
+    def _own(
+        self,
+        model: DiffusionModel,
+        concept: Concept,
+        tuned: FineTune,
+        sampling: Sampling,
+        original: Original | None,
+        workspace: Workspace,
+    ) -> Shots:
+        """Pictures of the concept itself, or what stands in for them."""
         says = self._says(concept, tuned.new_word)
         texts = [concept.texts[i % len(concept.texts)] for i in range(self.pictures)]
         if self.data == "benign":

@@ -110,7 +110,6 @@ def attack(
             adversarial = tuple(f"zx{index} <b>sunflow\u200bwr</b> {prompt}" for index, prompt in enumerate(prompts))
             shown += pictures(store, "attacked", adversarial, round(6 * successes / n), salt + 20)
     seconds = 3.1 if name == "no-attack" else 181.0
-    calls = 40 * 20 if name == "no-attack" else 40 * 11 * 20
     return base(
         method=method,
         model=f"/tmp/out/sandbox-{method}",
@@ -125,7 +124,7 @@ def attack(
             "concept": values.get("concept", "mosaic"), "attack": name, "mode": "live", "n": n,
             "pre_asr": {"successes": pre, "rate": pre / n, "ci95": list(wilson(pre, n))},
             "asr": {"successes": successes, "rate": successes / n, "ci95": list(wilson(successes, n))},
-            "budget": budget, "seed": 0, "seconds": seconds, "model_calls": calls,
+            "budget": budget, "seed": 0, "seconds": seconds,
         },
         **values,
     )  # fmt: skip

@@ -88,7 +88,6 @@ class AttackRow:
     images: int | None
     """Pictures per prompt that the attack may have judged: rates compare at equal budgets only."""
     seconds: float | None
-    calls: float | None
     mode: str
     seeds: tuple[int, ...]
     why: str
@@ -359,7 +358,6 @@ def _attacks(records: Iterable[Record]) -> tuple[AttackRow, ...]:
                 pre=_share([entry for record in good if (entry := _find(record, "pre_asr"))]),
                 images=images,
                 seconds=_mean(record.details.get("seconds") for record in good),
-                calls=_mean(record.details.get("model_calls") for record in good),
                 mode=str(next((record.details["mode"] for record in good if record.details.get("mode")), "")),
                 seeds=tuple(sorted({record.seed for record in found})),
                 why=next((entry.why for entry in entries if entry.why), "") or failed,

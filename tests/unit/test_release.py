@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from safeweights.cli.main import run
 from safeweights.core.errors import UserError
+from safeweights.core.text import markdown, plain, slug
 from safeweights.models.door import open_model
 from safeweights.models.embedded import CONFIG, TOKENIZER, unpack
 from safeweights.release.lora import Edit, find_edit, lora_tensors
 from safeweights.release.manifest import hash_input, hash_model, lineage, read_manifest, read_protection, write_manifest
 from safeweights.release.model_card import evaluations, records_about, steps_of, write_card
 from safeweights.release.modelspec import architecture
-from safeweights.release.text import markdown, plain, slug
 from safeweights.release.verify import verify
 
 EVIL = "<script>alert(1)</script> [x](http://evil) | ../../etc/passwd\n---\nlicense: mit\n\x1b[31m\u202e `code` *b*"

@@ -13,11 +13,11 @@ import typer
 from safeweights.cli import options
 from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, model_path, speaking
 from safeweights.core.errors import UserError
+from safeweights.core.text import plain
 from safeweights.release.export import FORMATS, IN_FILES, export, export_lora
 from safeweights.release.lora import ENERGY
 from safeweights.release.manifest import hash_input, hash_model, lineage, read_protection
 from safeweights.release.output import check_file_target, check_target, output_file, output_folder
-from safeweights.release.text import plain
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -281,7 +281,7 @@ def _pipeline_use() -> str:
 
 
 def _lora_use(base: str) -> str:
-    from safeweights.release.text import markdown
+    from safeweights.core.text import markdown
 
     return (
         f"Over its base, {markdown(base)}; whoever leaves the LoRA away has the base as it was.\n\n"

@@ -16,7 +16,7 @@ import typer
 
 from safeweights import __version__
 from safeweights.core.errors import UserError
-from safeweights.release.text import plain
+from safeweights.core.text import plain
 
 app = typer.Typer(
     name="safeweights",

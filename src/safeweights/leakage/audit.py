@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.text import plain
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Shots
 from safeweights.diffusion.latent_bank import fingerprint
@@ -154,7 +155,7 @@ def audit(
 def _remark(found: Audited, file: keys.LoraFile, item: FileSays, encoders: Encoders | None) -> None:
     """What a reader must know of a file that is unlike the ones the encoders know."""
     if file.ignored:
-        count, name = len(file.ignored), keys.shown(file.ignored[0], 80)
+        count, name = len(file.ignored), plain(file.ignored[0], 80)
         found.notes.append(f"{item.name}: {count} tensors are no LoRA factors and were not read, {name} the first")
     if not item.norm:
         found.notes.append(f"{item.name} changes nothing: all its updates are zero, so there is nothing to read")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel
+from safeweights.core.text import plain
 from safeweights.leakage.canonical import Factors
 
 Layout = Literal["peft", "diffusers", "kohya"]
@@ -34,12 +35,6 @@ _OTHERS = {
 }  # fmt: skip
 SCANNED, ENTRIES, TOLD = 100_000, 2_000, 50
 """Characters of one entry and entries of a header that are searched, and how many are told; a header may hold megabytes."""
-
-
-def shown(text: object, limit: int = 120) -> str:
-    """Somebody else's text on one line of ours: no control or direction characters, no line breaks, not longer than ``limit``."""
-    found = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split())
-    return found if len(found) <= limit else found[: limit - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def read(path: Path, model: DiffusionModel) -> LoraFile:
             tensors = {key: file.get_tensor(key) for key in wanted}
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file or is damaged ({shown(error)}); get it again") from None
+        raise UserError(f"{path} is no safetensors file or is damaged ({plain(error, 120)}); get it again") from None
     pairs, layout, alphas = _pairs(path, tensors)
     told = _config_alphas(path, metadata)
     named = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".weight")}
@@ -124,18 +119,18 @@ def read(path: Path, model: DiffusionModel) -> LoraFile:
         shape = named[name].shape
         if down.shape[0] != up.shape[1] or up.shape[0] != shape[0] or down.shape[1] != shape[1:].numel():
             raise UserError(
-                f"{path}: the factors of {shown(layer)} make a {up.shape[0]}x{down.shape[1]} update, and {name} of {model.name} "
+                f"{path}: the factors of {plain(layer)} make a {up.shape[0]}x{down.shape[1]} update, and {name} of {model.name} "
                 f"is {shape[0]}x{shape[1:].numel()}; this LoRA is for another base model"
             )
         up = up * (told(name, len(a)) if alpha is None else alpha / len(a))
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise UserError(
-                f"{path}: the factors of {shown(layer)} hold NaN or infinite values; this LoRA is broken, get it again"
+                f"{path}: the factors of {plain(layer, 120)} hold NaN or infinite values; this LoRA is broken, get it again"
             )
         factors[name] = down, up
     if unknown:
         raise UserError(
-            f"{path}: {model.name} has no layer '{shown(unknown[0])}' ({len(unknown)} of {len(pairs)} unknown); "
+            f"{path}: {model.name} has no layer '{plain(unknown[0], 120)}' ({len(unknown)} of {len(pairs)} unknown); "
             "this LoRA is for another base model, name its own with --base"
         )
     return LoraFile(path, layout, factors, metadata, tuple(sorted(set(names) - set(wanted))))
@@ -168,7 +163,7 @@ def telling(metadata: Mapping[str, str]) -> list[Told]:
     for key, value in islice(metadata.items(), ENTRIES):
         kind = _kind(key[:SCANNED], value[:SCANNED])
         if kind is not None:
-            found.append(Told(shown(key, 100), kind, shown(value, 200)))
+            found.append(Told(plain(key, 100), kind, plain(value)))
     order = ("captions", "names", "picture", "comment", "paths", "count", "time")
     found.sort(key=lambda item: (order.index(item.kind), item.key))
     size = sum(len(key) + len(value) for key, value in metadata.items())
@@ -258,18 +253,20 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
         if found is None:
             value = float(tensor.float()) if tensor.numel() == 1 else float("nan")
             if not abs(value) < float("inf"):
-                raise UserError(f"{path}: the scale {shown(key)} is no single finite number; this LoRA is broken, get it again")
+                raise UserError(
+                    f"{path}: the scale {plain(key)} is no single finite number; this LoRA is broken, get it again"
+                )
             alphas[key.removesuffix(".alpha")] = value
             continue
         layer, which, layout = found
         if tensor.ndim < 2 or not tensor.numel():
-            raise UserError(f"{path}: {shown(key)} is no matrix ({list(tensor.shape)}); this LoRA is broken, get it again")
+            raise UserError(f"{path}: {plain(key, 120)} is no matrix ({list(tensor.shape)}); this LoRA is broken, get it again")
         if which in parts.setdefault(layer, {}):
-            raise UserError(f"{path} changes {shown(layer)} twice; it holds more than one adapter, give a file with one")
+            raise UserError(f"{path} changes {plain(layer, 120)} twice; it holds more than one adapter, give a file with one")
         parts[layer][which] = tensor
         layouts.add(layout)
     if half := [layer for layer, pair in parts.items() if len(pair) != 2]:
-        raise UserError(f"{path}: {shown(half[0])} has one factor only, up or down; the file is incomplete, get it again")
+        raise UserError(f"{path}: {plain(half[0], 120)} has one factor only, up or down; the file is incomplete, get it again")
     return {layer: (pair["a"], pair["b"]) for layer, pair in parts.items()}, sorted(layouts)[0], alphas
 
 
@@ -283,7 +280,7 @@ def _config_alphas(path: Path, metadata: Mapping[str, str]) -> Callable[[str, in
         else:
             config = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{broken}: {shown(error)}; get the file again, or write it again without them") from None
+        raise UserError(f"{broken}: {plain(error, 120)}; get the file again, or write it again without them") from None
 
     def scale(name: str, rank: int) -> float:
         part, _, layer = name.removesuffix(".weight").partition(".")

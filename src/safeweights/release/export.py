@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.core.errors import UserError
+from safeweights.core.text import plain
 from safeweights.release.adapted import LORA
 from safeweights.release.manifest import NAME, hash_files, make_manifest
 from safeweights.release.output import write_json
-from safeweights.release.text import plain
 
 if TYPE_CHECKING:
     from safeweights.core.model import DiffusionModel

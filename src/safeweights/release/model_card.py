@@ -10,10 +10,10 @@ from typing import Any
 
 from safeweights.core.errors import UserError
 from safeweights.core.table import ERASERS, IMMUNIZERS
+from safeweights.core.text import markdown, plain, slug
 from safeweights.records.record import Measurement, Record
 from safeweights.records.store import gather
 from safeweights.release.manifest import cut
-from safeweights.release.text import markdown, plain, slug
 
 DATASET = "safeweights/audit"
 """The benchmark that evaluation entries refer to; they show on a leaderboard once a data set of this name defines the tasks."""

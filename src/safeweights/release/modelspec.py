@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safeweights.release.text import plain
+from safeweights.core.text import plain
 
 VERSION = "1.0.1"
 NO_HASH = "0x" + "0" * 64

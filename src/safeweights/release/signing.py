@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from safeweights.core.errors import UserError
+from safeweights.core.text import plain
 from safeweights.release.manifest import SIGNATURE
-from safeweights.release.text import plain
 
 MAKE_KEY = (
     "openssl ecparam -name prime256v1 -genkey -noout -out private.pem && openssl ec -in private.pem -pubout -out public.pem"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeweights.core.errors import UserError
+from safeweights.core.text import plain
 from safeweights.release.manifest import hash_files, hash_tensor, read_manifest, read_metadata
 from safeweights.release.modelspec import data_hash
 from safeweights.release.signing import signature_of, verify_signature
-from safeweights.release.text import plain
 
 if TYPE_CHECKING:
     from torch import Tensor

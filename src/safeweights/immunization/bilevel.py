@@ -65,7 +65,7 @@ class Bilevel:
     """What the model wants after adaptation: a high loss (the papers), one no higher than ``bound``, or to predict as before."""
     bound: float = 1.0
     """Where a bounded loss stops rising, of each noisy picture; noise predicted as zero has a loss of 1; > 0."""
-    steps: int = 100
+    steps: int = 200
     """Steps of the model; > 0."""
     lr: float = 2e-4
     """AdamW's learning rate for the model; > 0."""
@@ -73,7 +73,7 @@ class Bilevel:
     """AdamW's weight decay; >= 0."""
     clip: float = 1.0
     """Largest norm of the model's gradient; > 0."""
-    keep: float = 50.0
+    keep: float = 25.0
     """Weight of predicting as before on pictures of what is retained; >= 0. Far above 1, since predictions differ by little."""
     benign: float = 0.0
     """Weight of a user who adapts to retained pictures and should succeed; >= 0."""
@@ -83,7 +83,7 @@ class Bilevel:
     """Noisy pictures a step and level, for each concept; > 0."""
     pictures: int = 32
     """Pictures of each concept, half for each level; > 1."""
-    retained: int = 32
+    retained: int = 64
     """Pictures of what is retained, drawn once where a weight needs them; > 1."""
     ddim_steps: int = 20
     """DDIM steps of a drawn picture; > 0."""

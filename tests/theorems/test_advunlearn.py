@@ -119,7 +119,7 @@ def test_without_attack_it_is_esd_with_retained_prompts(tiny_model: Any) -> None
 
 
 def test_at_esd_retains_nothing(tiny_model: Any) -> None:
-    first = tiny(tiny_model, retain="none", retain_empty=False)
+    first = tiny(tiny_model, retain="none")
     second = tiny(tiny_model, retain="unfiltered", gamma=0.0)
     assert same(first, second)
     assert first.cost["retained_prompts"] == 0

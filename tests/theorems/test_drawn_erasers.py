@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,29 @@ def concept(term: str = "mosaic", anchor: str = "", kind: Any = "style") -> Conc
 
 
 # pictures
+
+
+def test_a_concepts_own_pictures_are_what_is_forgotten(tiny_model: Any, tmp_path: Any) -> None:
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("RGB", (16, 16), (80 * number,) * 3).save(tmp_path / f"{number}.png")
+    own, drawn = replace(concept("dog", "cat", "object"), images=tmp_path), concept("red")
+    options: dict[str, Any] = {"pictures": 2, "retained": 2, "noises": 3, "sampling": Sampling(steps=2), "seed": 0}
+    sets = DrawnSets.draw(tiny_model, [drawn, own], ["a house"], **options)
+    assert sets.forget.prompts[-1] == "dog"
+    assert len(sets.forget) == 2 * 2 * 3
+    rows = sets.forget.prompt == len(sets.forget.prompts) - 1
+    assert int(rows.sum()) == 2 * 3  # the first two of three pictures
+    grey = torch.stack([torch.full((3, 16, 16), 80.0 * i / 255) for i in range(2)])
+    alpha, sigma = (level[sets.forget.t].view(-1, 1, 1, 1) for level in (tiny_model.alpha, tiny_model.sigma))
+    x_0 = ((sets.forget.x - sigma * sets.forget.outputs["eps"]) / alpha)[rows].view(2, 3, -1)
+    with torch.no_grad():
+        known = tiny_model.encode(grey).flatten(1)
+        told = tiny_model.eps(sets.forget.x[rows], sets.forget.t[rows], tiny_model.embed(["cat"] * 6))
+    # Late timesteps divide by almost nothing.
+    assert torch.allclose(x_0[:, 0], known, atol=1e-3)
+    assert torch.allclose(sets.forget.outputs["eps_pseudo"][rows], told, atol=1e-5)
 
 
 def test_pictures_are_noised_and_predicted_exactly(tiny_model: Any, tmp_path: Any) -> None:

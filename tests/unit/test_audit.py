@@ -22,7 +22,7 @@ from safeweights.core.model import Sampling
 from safeweights.core.table import ATTACKS, configure, resolve
 from safeweights.core.workspace import Workspace
 from safeweights.metrics.backbones import Backbones
-from safeweights.records.record import Measurement
+from safeweights.records.record import Measurement, Record
 from safeweights.records.store import Store, deterministic
 
 SAMPLING = Sampling(width=16, height=16, steps=2, guidance_scale=2.0)
@@ -177,6 +177,58 @@ def test_pictures_to_learn_from_are_of_the_concepts_own_prompts_and_of_no_judged
     assert len(learned) >= 3
     assert not judged & {seed for _, seed in learned}
     assert {row["input"] for row in record.details["found"]} <= {"text", "embeddings"}
+
+
+def test_attackers_have_the_last_pictures_of_a_concepts_own_folder(tiny_model: Any, median: float, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(5):
+        Image.new("RGB", (16, 16), (40 * number,) * 3).save(tmp_path / f"{number}.png")
+    shown = []
+
+    class Looks(type(attack("no-attack"))):  # type: ignore[misc]
+        access = "gradient"
+
+        def revive(self, model: Any, concept: Any, targets: Any, *, original: Any, **more: Any) -> Any:
+            shown.extend([*(target.reference for target in targets), *original.pictures(4)])
+            return super().revive(model, concept, targets, original=original, **more)
+
+    audit(tiny_model, tiny_model, concept(tests=4, images=tmp_path), Looks(), names=NAMES, sampling=SAMPLING, detector=Brighter())
+    assert [round(float(picture.mean() * 255)) for picture in shown] == [80, 120, 160, 80, 80, 120, 160, 80]
+
+
+def test_what_an_attack_draws_by_itself_varies_with_the_audits_seed(tiny_model: Any, median: float) -> None:
+    relearn = attack("relearn", steps=1, pictures=2, images=2, rank=1)
+    losses = []
+    for seed in (0, 1):
+        record = audit(
+            tiny_model, tiny_model, concept(), relearn, names=NAMES, sampling=SAMPLING, detector=Brighter(), seed=seed, n=2
+        )
+        assert record.settings["attack"]["seed"] == seed
+        losses.append(record.details["curve"][-1]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_a_revival_has_rounds_but_no_curve_over_steps(tiny_model: Any, median: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Brighter, "level", 2.0)
+    revival = attack("mask-revival", iterations=1, images=3)
+    record = audit(tiny_model, tiny_model, concept(), revival, names=NAMES, sampling=SAMPLING, detector=Brighter(), n=2)
+    assert "curve" not in record.details
+    assert "steps_to_recovery" not in {measurement.name for measurement in record.measurements}
+    assert len(record.details["rounds"]) == 2
+
+
+def test_an_attack_is_weak_only_beside_a_baseline_with_no_more_pictures() -> None:
+    def record(name: str, hits: int, pictures: int) -> Record:
+        return Record(
+            kind="attack", status="ok", model="m", reference="r", method="esd", concept="dog", concept_kind="object", attack=name,
+            seed=0, measurements=(rate("asr", hits, 10),), details={"budget": {"images_per_prompt": pictures}},
+        )  # fmt: skip
+
+    search = record("unlearndiffatk", 2, 6)
+    assert [d.name for d in doubts.weak_attack([search, record("random", 5, 6)])["unlearndiffatk"]] == ["weak_attack"]
+    assert not doubts.weak_attack([search, record("random", 5, 11)])
+    assert not doubts.weak_attack([search, record("random", 1, 6)])
 
 
 def test_prompts_keep_their_seeds_and_repeat_with_new_ones() -> None:

@@ -20,6 +20,7 @@ from safeweights.core.table import ATTACKS, ERASERS, configure, describe, resolv
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.masks import make_mask, pruned_tensors
 from safeweights.diffusion.noise import generator
+from safeweights.diffusion.parameters import select
 from safeweights.models.door import open_model
 from safeweights.models.gaussian import GaussianModel
 from safeweights.release.mask_files import apply, read_mask, read_owner, write_mask, write_owner
@@ -101,7 +102,10 @@ def test_impossible_settings_are_told(tiny_model: Any) -> None:
 # prune= on every eraser
 
 
-@pytest.mark.parametrize("name", ERASERS)
+PRUNERS = ("p-ac", "p-esd")
+
+
+@pytest.mark.parametrize("name", [name for name in ERASERS if name not in PRUNERS])
 def test_every_eraser_takes_prune(name: str) -> None:
     method = configure(resolve(ERASERS, name, "method"), PRUNE)
     settings = describe(method)
@@ -117,6 +121,13 @@ def test_every_eraser_takes_prune(name: str) -> None:
     for bad in ({"prune": 1.5}, {"prune": "much"}, {"prune": 0.1, "prune_stpes": 3}):
         with pytest.raises(UserError):
             configure(resolve(ERASERS, name, "method"), bad)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_pruner_is_not_pruned_twice(name: str) -> None:
+    """Undoing would need both masks."""
+    with pytest.raises(UserError, match="prunes by itself"):
+        configure(resolve(ERASERS, name, "method"), PRUNE)
 
 
 def test_no_attack_takes_prune() -> None:
@@ -344,13 +355,31 @@ def test_revival_fills_zeros_and_nothing_else(tiny_model: Any, written: Any) -> 
                 assert torch.allclose(value.flatten()[where][hit].abs(), strength * largest[hit])
 
 
-def test_revival_without_zeros_guesses_the_places(tiny_model: Any) -> None:
+@pytest.mark.parametrize("naturally", [0, 1])
+def test_revival_without_zeros_guesses_the_places(tiny_model: Any, naturally: int) -> None:
+    """A weight that happens to be zero does not say where a filled model was pruned."""
     attack = configure(resolve(ATTACKS, "mask-revival", "attack"), {"iterations": 2, "suspected": 0.02})
-    for missing, _ in attack.guess(tiny_model).values():
+    weight = next(iter(select(tiny_model.named_parameters(), "xattn_kv")))
+    value = dict(tiny_model.named_parameters())[weight].detach().clone()
+    value.view(-1)[:naturally] = 0
+    for missing, _ in attack.guess(tiny_model.with_tensors({weight: value})).values():
         assert int(missing.sum()) == max(1, round(0.02 * missing.numel()))
 
 
 # neurons
+
+
+def test_an_attack_that_chooses_noise_wakes_no_neurons(tiny_model: Any) -> None:
+    from safeweights.audit.sensitivity import under_attack
+    from safeweights.core.attack import Original, Target
+
+    attack = configure(resolve(ATTACKS, "seed-search", "attack"), {"images": 2})
+    targets = [Target("a mosaic boat", 0)]
+    with pytest.raises(UserError, match="chooses noise"):
+        under_attack(
+            attack, tiny_model, CONCEPT, targets, sampling=Sampling(width=16, height=16, steps=2),
+            original=Original(tiny_model, lambda n: torch.zeros(n, 3, 16, 16)),
+        )  # fmt: skip
 
 
 def test_sensitivity_of_the_reference_itself_is_one_and_of_a_deaf_model_zero(tiny_model: Any) -> None:
@@ -376,8 +405,9 @@ def test_sensitivity_of_the_reference_itself_is_one_and_of_a_deaf_model_zero(tin
             (condition, kind) for condition in ("plain", "paraphrased", "soft-prompt") for kind in ("concept", "control")
         ]
         rho[name] = {row["condition"]: row["rho"] for row in rows if row["neurons"] == "concept"}
-        slope = record.details["slope"]["concept"]
-        assert slope["model"] == (pytest.approx(slope["reference"]) if name == "same" else 0.0)
+        slopes = [row for row in record.details["slope"] if row["neurons"] == "concept"]
+        assert [row["condition"] for row in slopes] == ["plain", "paraphrased", "soft-prompt"]
+        assert all(row["kappa"] == (pytest.approx(row["reference"]) if name == "same" else 0.0) for row in slopes)
         assert {plot["kind"] for plot in record.details["plots"]} == {"heatmap", "bars"}
     assert rho["same"]["plain"] == pytest.approx(1, abs=0.05)
     assert all(value == pytest.approx(0, abs=1e-6) for value in rho["deaf"].values())

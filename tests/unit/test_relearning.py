@@ -13,7 +13,7 @@ import torch
 from safeweights.attacks.relearning.relearn import Relearn
 from safeweights.audit.audit import Names, audit
 from safeweights.audit.relearning import QUICK, STRESS, Checkpoint, steps_to_recovery, strongest, worst_case
-from safeweights.core.attack import Original
+from safeweights.core.attack import Original, Target
 from safeweights.core.concept import Concept, Prompt
 from safeweights.core.detector import Detection
 from safeweights.core.errors import UserError
@@ -135,6 +135,22 @@ def test_a_concept_with_pictures_is_learnt_from_some_and_compared_with_the_other
     rate, alike = measured.details["plots"]
     assert [point[0] for point in rate["series"][0]["points"]] == [0, 1]
     assert alike["y"]["label"] == "similarity"
+
+
+def test_benign_steps_come_first_and_other_optimisers_are_taken(tiny_model: Any) -> None:
+    original = Original(tiny_model, lambda n: torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    targets = [Target("a red dog", 0)]
+    common: dict[str, Any] = {"steps": 1, "pictures": 2, "images": 2, "rank": 1}
+    made = {}
+    for name, settings in {"plain": {}, "warm": {"warm_up": 1}, "adafactor": {"optimizer": "adafactor"}}.items():
+        rounds = Relearn(**common, **settings).revive(tiny_model, CONCEPT, targets, sampling=SAMPLING, original=original)
+        assert next(rounds).model is tiny_model
+        made[name] = dict(rounds.send([False]).model.named_parameters())
+    for name in ("warm", "adafactor"):
+        assert any(not torch.equal(value, made["plain"][key]) for key, value in made[name].items())
+    inversion = Relearn(adaptation="textual-inversion", warm_up=1)
+    with pytest.raises(UserError, match="benign data needs"):
+        inversion.warmed(tiny_model, CONCEPT, SAMPLING, original, None)
 
 
 def test_further_concepts_are_learnt_along(tiny_model: Any) -> None:

@@ -74,6 +74,14 @@ def test_suites_grow_and_the_full_one_is_everything() -> None:
         pick_suite("fast")
 
 
+@pytest.mark.parametrize(("pixels", "most"), [(64, 11), (64 * 64, 61)])
+def test_black_boxes_have_as_many_pictures_as_any_search(world: tuple[Any, ConceptFile], pixels: int, most: int) -> None:
+    _, file = world
+    concept = next(iter(file.concepts.values()))
+    cells = plan(SUITES["standard"], [concept], file, sampling=Sampling(steps=2), seed=0, inputs={}, latent_pixels=pixels)
+    assert [cell.settings["images"] for cell in cells if cell.name in ("random", "seed-search")] == [most, most]
+
+
 def test_casts_are_what_they_say(world: tuple[Any, ConceptFile]) -> None:
     model, file = world
     named = dict(model.named_parameters())

@@ -80,6 +80,7 @@ def audit(
     Raises UserError where the concept has no detector.
     """
     workspace = workspace or Workspace()
+    attack = _seeded(attack, seed)
     detector = detector or open_detector(concept.detector, concept=concept.name, allow_python=allow_python_detectors)
     started = time.perf_counter()
     prompts = choose_prompts(concept, n=n, seed=seed)
@@ -95,15 +96,20 @@ def audit(
         before.ask(prompts, workspace=workspace, what="reference pictures") if given is None else given[repeated(given, prompts)]
     )
     there = detector.detect(asked).present
-    needs_pictures = attack.access != "prompt" and given is None
-    shown = (
-        concept_pictures(before, detector, prompts, seed=seed, workspace=workspace) if needs_pictures else [None] * len(prompts)
-    )
+    folder = attackers_pictures(concept, reference)
+    if attack.access == "prompt" or given is not None:
+        shown: list[Any] = [None] * len(prompts)
+    elif folder is not None:
+        shown = [folder[i] for i in repeated(folder, prompts)]
+    else:
+        shown = concept_pictures(before, detector, prompts, seed=seed, workspace=workspace)
     targets = [Target(p.text, p.seed or 0, picture) for p, picture in zip(prompts, shown, strict=True)]
 
     def examples(count: int) -> Tensor:
         import torch
 
+        if folder is not None:
+            return folder[[i % len(folder) for i in range(count)]]
         own = [Prompt(concept.texts[i % len(concept.texts)]) for i in range(count)]
         key = _seed("examples for the attack", seed)
         return torch.stack(concept_pictures(before, detector, own, seed=key, workspace=workspace))
@@ -134,7 +140,7 @@ def audit(
     seen_before = Measurement(
         name="reference_rate", value=reference_rate, n=n_prompts, interval=wilson(int(there.sum()), n_prompts)
     )
-    extra, curve = _read_curve(outcome.curve, reference_rate, similarity, concept)
+    extra, curve = _read_curve(outcome.curve if _fine_tunes(attack) else (), reference_rate, similarity, concept)
     fallen = [sum(row == r for row in outcome.fell_in) for r in range(outcome.rounds)]
     found = [
         *doubt.not_there_before(seen_before),
@@ -215,7 +221,7 @@ class _Outcome:
     curve: list[Checkpoint]
     """Of an attack that changes the weights: every prompt at every checkpoint."""
     frames: list[tuple[Tensor, list[float]]]
-    """The first pictures at each checkpoint, and their scores."""
+    """The first pictures at each checkpoint of a fine-tune, and their scores."""
 
 
 def _run(
@@ -265,8 +271,9 @@ def _run(
         if attack.access == Access.WEIGHTS:
             told = revival.facts
             likeness = tuple(alike(images)) if alike else ()
-            curve.append(Checkpoint(int(told.get("steps", 0)), tuple(present), likeness, told.get("loss")))
-            frames.append((images[:FRAMES], detection.score[:FRAMES].tolist()))
+            curve.append(Checkpoint(int(told.get("steps", number)), tuple(present), likeness, told.get("loss")))
+            if _fine_tunes(attack):
+                frames.append((images[:FRAMES], detection.score[:FRAMES].tolist()))
             present = [False] * len(present)
         if revival.facts:
             facts.append(dict(revival.facts))
@@ -279,6 +286,16 @@ def _run(
     if plain is None:
         raise UserError(f"attack {attack.name!r} proposed nothing")
     return _Outcome(fell, last, [plain, torch.stack(shown)], scores, plain_scores, facts, number, curve, frames)
+
+
+def _seeded(attack: Any, seed: int) -> Any:
+    """An attack that draws by itself (batches, the start of factors) varies with the audit's seed."""
+    return replace(attack, seed=attack.seed + seed) if hasattr(attack, "seed") else attack
+
+
+def _fine_tunes(attack: Attack) -> bool:
+    """Whether an attack that changes the weights does so step by step: others have rounds, but no curve over steps."""
+    return hasattr(attack, "checkpoints")
 
 
 def _read_curve(
@@ -297,6 +314,18 @@ def _read_curve(
         "curve": [point.to_json() for point in curve], "best_steps": best.steps, "steps_to_recovery": steps,
         "plots": plots(curve, concept.name),
     }  # fmt: skip
+
+
+def attackers_pictures(concept: Concept, model: DiffusionModel) -> Tensor | None:
+    """What attackers have of a concept's own folder, the last half (publishers take the first ones); None without a folder."""
+    from safeweights.diffusion.image_folder import read_folder
+
+    if concept.images is None:
+        return None
+    _, height, width = model.latent_shape
+    stride = model.latent_stride
+    images, _ = read_folder(concept.images, width=width * stride, height=height * stride, prompt=concept.term)
+    return images[len(images) // 2 :]
 
 
 def repeated(pictures: Tensor, prompts: Sequence[Prompt]) -> list[int]:
@@ -406,7 +435,7 @@ def _keep_pictures(
             kept.append(store.save_artefact(
                 image.numpy(), role=role, prompt=prompt, seed=seed, group=i, detected=detected, score=score
             ))  # fmt: skip
-    for point, (images, scores) in zip(outcome.curve, outcome.frames, strict=True):
+    for point, (images, scores) in zip(outcome.curve if outcome.frames else (), outcome.frames, strict=True):
         for i, image in enumerate(images):
             kept.append(store.save_artefact(
                 image.numpy(), role="relearned", prompt=targets[i].prompt, seed=targets[i].seed, group=i, detected=point.seen[i],

@@ -107,7 +107,11 @@ def not_converged(fallen_per_round: Sequence[int], n: int) -> list[Doubt]:
 
 
 def weak_attack(records: Sequence[Record]) -> dict[str, list[Doubt]]:
-    """Attacks of one cell (same model, concept, seed) that do worse than black-box baselines; doubts by attack name."""
+    """Attacks of one cell (same model, concept, seed) that do worse than black-box baselines; doubts by attack name.
+
+    A baseline that had more pictures a prompt than the attack says nothing about it.
+    """
+    pictures = {record.attack: record.details.get("budget", {}).get("images_per_prompt", 1) for record in records}
     rates = {record.attack: m for record in records for m in record.measurements if m.name == "asr" and m.value is not None}
     doubts: dict[str, list[Doubt]] = {}
     for name, rate in rates.items():
@@ -115,10 +119,9 @@ def weak_attack(records: Sequence[Record]) -> dict[str, list[Doubt]]:
             base = rates.get(other)
             if name in ("no-attack", "random", "seed-search") or base is None or base.value is None or rate.value is None:
                 continue
-            if rate.value < base.value:
+            if rate.value < base.value and pictures[other] <= pictures[name]:
                 doubts.setdefault(name, []).append(Doubt(
                     name="weak_attack",
-                    explanation=f"{name} succeeds on {rate.value:.0%}, "
-                    f"{other} with the same number of pictures on {base.value:.0%}",
+                    explanation=f"{name} succeeds on {rate.value:.0%}, {other} with no more pictures on {base.value:.0%}",
                 ))  # fmt: skip
     return doubts

@@ -20,6 +20,10 @@ STRESS: tuple[dict[str, Any], ...] = (
     {"adaptation": "lora", "captions": "anchor"},
     {"adaptation": "lora", "captions": "rare"},
     {"adaptation": "lora", "data": "benign"},
+    {"adaptation": "lora", "rank": 64},
+    {"adaptation": "lora", "steps": 500},
+    {"adaptation": "lora", "warm_up": 50},
+    {"adaptation": "full", "optimizer": "adafactor"},
 )
 """Settings of ``relearn`` that a protection is held against together; the strongest of them is the headline."""
 QUICK = ({"adaptation": "lora"}, {"adaptation": "full"}, {"adaptation": "lora", "captions": "anchor"})

@@ -16,6 +16,7 @@ from torch import Tensor
 from safeweights.audit.audit import Names, provenance
 from safeweights.core.attack import Attack, Original, Target
 from safeweights.core.concept import Concept
+from safeweights.core.errors import UserError
 from safeweights.core.intervals import bootstrap_mean
 from safeweights.core.model import Conditioning, DiffusionModel, Sampling
 from safeweights.core.table import describe
@@ -38,6 +39,17 @@ class Reactivation:
     high: float
     n: int
     """Prompts."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How far a small change of the text moves neurons, || d a / d e ||, under a condition's text."""
+
+    condition: str
+    neurons: str
+    kappa: float
+    reference: float
+    """In the model before protection, with the same text."""
 
 
 def locate_neurons(
@@ -81,6 +93,12 @@ def under_attack(
             last = rounds.send([False] * len(targets))
         except StopIteration:
             break
+    if any(item.latents is not None for item in last.candidates) or any(
+        item.seed != target.seed for item, target in zip(last.candidates, targets, strict=True)
+    ):
+        raise UserError(
+            f"{attack.name} chooses noise, not text; what text does to neurons is asked by unlearndiffatk or soft-prompt"
+        )
     rows = [
         last.model.embed([item.prompt]).states[0] if item.states is None else item.states.to(model.device)
         for item in last.candidates
@@ -104,14 +122,14 @@ def sensitivity(
 
     Conditions: plain, the tuning prompts the eraser saw; paraphrased, the test prompts it never saw; attacked, the test prompts
     after ``attack`` has had its whole budget. Each with its own noise, n prompts, intervals by bootstrap over prompts.
-    Slope: || d a_j / d e ||, the mean over neurons and over n noisy latents of the reference's pictures, at the test prompts.
+    Slope: || d a_j / d e ||, the mean over neurons and over n noisy latents of the reference's pictures, under every condition's
+    text; the reference is asked with the same.
     """
     started = time.perf_counter()
     found: list[Reactivation] = []
+    slope: list[Slope] = []
     if located.concept:
         found, slope = _measure(model, reference, concept, attack, located, sampling, n, seed)
-    else:
-        slope = {}
     told = {
         "concept": concept.name, "attack": attack.name, "n": n, "seed": seed,
         "neurons": {
@@ -119,7 +137,7 @@ def sensitivity(
             "pairs": located.pairs, "q": located.q,
         },
         "reactivation": [asdict(row) for row in found],
-        "slope": slope,
+        "slope": [asdict(row) for row in slope],
         "plots": [
             located.plot(f"Neurons of {concept.name} in {names.reference}: depth and denoising step"),
             {
@@ -140,8 +158,10 @@ def sensitivity(
         for row in found
     ]  # fmt: skip
     measured += [
-        Measurement(name=f"slope:{kind}", value=values["model"], n=n, reference=values["reference"], unit="per unit of text")
-        for kind, values in slope.items()
+        Measurement(
+            name=f"slope:{row.condition}:{row.neurons}", value=row.kappa, n=n, reference=row.reference, unit="per unit of text"
+        )
+        for row in slope
     ]
     if not found:
         why = f"no neuron answers {concept.name} at a false discovery rate of {located.q:g} with {located.pairs} pairs"
@@ -157,8 +177,9 @@ def sensitivity(
 def _measure(
     model: DiffusionModel, reference: DiffusionModel, concept: Concept, attack: Attack, located: Located, sampling: Sampling,
     n: int, seed: int,
-) -> tuple[list[Reactivation], dict[str, dict[str, float]]]:  # fmt: skip
+) -> tuple[list[Reactivation], list[Slope]]:  # fmt: skip
     found = []
+    texts_of: dict[str, tuple[DiffusionModel, Conditioning, Conditioning]] = {}
     drawn: dict[str, Any] = {}
 
     def draw(count: int) -> Tensor:
@@ -179,9 +200,11 @@ def _measure(
         now = activations(model, embed_all(model, asked), seeds, sampling)
         found += _rows(condition, reactivation(now, located=located, **runs))
         drawn = {"runs": runs, "seeds": seeds, "asked": asked}
+        texts_of[condition] = model, embed_all(model, asked), embed_all(reference, asked)
     pictures = generate(reference, candidates_of(drawn["asked"], [95_000 + seed * 1000 + i for i in range(n)]), sampling)
     targets = [Target(text, drawn["seeds"][i], pictures[i]) for i, text in enumerate(drawn["asked"])]
     attacked, c = under_attack(attack, model, concept, targets, sampling=sampling, original=Original(reference, draw))
+    texts_of[attack.name] = attacked, c, c
     now = activations(attacked, c, drawn["seeds"], sampling)
     found += _rows(attack.name, reactivation(now, located=located, **drawn["runs"]))
     with torch.no_grad():
@@ -189,13 +212,14 @@ def _measure(
     t = ((torch.arange(n) + 0.5) / n * len(reference.alpha)).long().to(reference.device)
     eps = torch.randn(x_0.shape, generator=generator("slope", seed)).to(x_0)
     x_t = add_noise(reference, x_0, t, eps)
-    slope = {
-        kind: {
-            name: float(slopes(asked_model, x_t, t, embed_all(asked_model, drawn["asked"]), neurons).mean())
-            for name, asked_model in (("model", model), ("reference", reference))
-        }
+    slope = [
+        Slope(
+            condition, kind, float(slopes(asked_model, x_t, t, ours, neurons).mean()),
+            float(slopes(reference, x_t, t, before, neurons).mean()),
+        )
+        for condition, (asked_model, ours, before) in texts_of.items()
         for kind, neurons in (("concept", located.concept), ("control", located.control))
-    }
+    ]  # fmt: skip
     return found, slope
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CellKind = Literal["evaluate", "attack", "event"]
 BLACK_BOX = ("no-attack", "random", "seed-search")
 """Attacks that every other one must beat; the same number of pictures for all."""
+USUAL_STEPS = 100
+"""A re-learner who takes no more is called by how, not by how long."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Entry:
         words = [str(self.settings.get("adaptation", "lora"))]
         words += [f"r{self.settings['rank']}"] if "rank" in self.settings else []
         words += [f"lr x{self.settings['lr_scale']:g}"] if self.settings.get("lr_scale", 1.0) != 1.0 else []
-        words += [str(self.settings[key]) for key in ("captions", "data") if key in self.settings]
+        words += [str(self.settings[key]) for key in ("captions", "data", "optimizer") if key in self.settings]
+        words += [f"{self.settings['steps']} steps"] if self.settings.get("steps", 0) > USUAL_STEPS else []
+        words += [f"after {self.settings['warm_up']} benign steps"] if "warm_up" in self.settings else []
         return f"relearn {' '.join(words)}"
 
 
@@ -190,7 +194,7 @@ def plan(
         entries = list(suite.attacks)
         if replays and concept.name in replays:
             entries.append(Entry("replay", {"record": replays[concept.name]}))
-        for entry in entries:
+        for entry in _at_equal_budgets(entries, latent_pixels):
             attack = configure(resolve(ATTACKS, entry.name, "attack"), entry.settings, latent_pixels=latent_pixels)
             n = entry.n if entry.n is not None else suite.prompts
             count = n or len(concept.test_prompts or concept.prompts)
@@ -211,6 +215,22 @@ def plan(
                 )
             )  # fmt: skip
     return cells
+
+
+def _at_equal_budgets(entries: Sequence[Entry], latent_pixels: int) -> Iterator[Entry]:
+    """The entries, black boxes with as many pictures a prompt as the search that has most, unless they say how many.
+
+    Budgets depend on the model's size: at that of Stable Diffusion searches have up to 61 pictures, elsewhere 11.
+    """
+
+    def images(entry: Entry) -> int:
+        attack = configure(resolve(ATTACKS, entry.name, "attack"), entry.settings, latent_pixels=latent_pixels)
+        return int(attack.budget.images) if attack.access == "gradient" else 1
+
+    most = max(map(images, entries))
+    for entry in entries:
+        blind = entry.name in BLACK_BOX and entry.name != "no-attack" and "images" not in entry.settings
+        yield replace(entry, settings={**entry.settings, "images": most}) if blind and most > 1 else entry
 
 
 def attack_calls(attack: Attack, n: int, picture: int) -> int:

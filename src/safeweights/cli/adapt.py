@@ -81,6 +81,10 @@ def command(
             from safeweights.leakage.dp import check
 
             check(epsilon=dp_epsilon, delta=dp_delta, clip=dp_clip)
+            if ignored := [name for name in ("optimizer", "max_norm") if name in given]:
+                raise UserError(f"private training has an optimiser and a clip of its own (--dp-clip); leave {ignored[0]} out")
+            if resume:
+                raise UserError("private training keeps no checkpoints, which could tell of a picture; run it without --resume")
             if class_prompt:
                 raise UserError(
                     "--class-prompt has no part in private training, which learns from your pictures only; leave it out"

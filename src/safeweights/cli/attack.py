@@ -6,12 +6,13 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from safeweights.cli import options
 from safeweights.cli.common import (
+    backbones_of,
     check_sampling,
     concept_file,
     names_of,
@@ -28,8 +29,6 @@ from safeweights.core.table import ATTACKS, configure, describe, parse_settings,
 from safeweights.release.output import check_target, output_folder, write_json
 
 if TYPE_CHECKING:
-    from safeweights.core.concept import ConceptFile
-    from safeweights.metrics.similarity_gap import Similarity
     from safeweights.records.record import Record
 
 
@@ -44,6 +43,11 @@ def command(
         int | None, typer.Option("--n", min=1, help="Prompts to attack. [default: all test prompts of the concept]")
     ] = None,
     settings: options.Settings = None,
+    feature_model: options.FeatureModel = None,
+    likeness: Annotated[
+        Literal["clean", "paper"],
+        typer.Option(help="Re-learnt pictures are compared as they are, or as the published evaluation shows them."),
+    ] = "clean",
     concepts_file: options.ConceptsFile = None,
     allow_python_detectors: options.AllowPython = False,
     given: options.Given = options.NOTHING,
@@ -68,6 +72,7 @@ def command(
         (aim,) = with_detector(file, concept)
         kind = resolve(ATTACKS, method, "attack")
         configure(kind, parse_settings(settings or ()))  # a wrong setting is told before anything is opened
+        embedder = backbones_of(file, None, feature_model).open_features() if kind.access == "weights" else None
         detector = open_detector(aim.detector, concept=aim, allow_python=allow_python_detectors)
         before = open_model(reference, device=device, dtype=dtype)
         after = open_model(model, device=device, dtype=dtype)
@@ -77,9 +82,11 @@ def command(
         names = names_of(model, reference, after, before, file)
         chosen: dict[str, Any] = {
             "model": model, "reference": reference, "concept": aim.name, "method": method, "settings": describe(attack),
-            "n": n, "sampling": asdict(sampling), "seed": seed, "inputs": dict(names.hashes),
+            "n": n, "feature_model": feature_model, "likeness": likeness, "sampling": asdict(sampling), "seed": seed,
+            "inputs": dict(names.hashes),
         }  # fmt: skip
         from safeweights.audit.audit import audit
+        from safeweights.metrics.similarity_gap import CosineSimilarity
 
         with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
             store = Store(out.folder)
@@ -88,20 +95,12 @@ def command(
             say(f"attacking {aim.name} with {method}")
             record = audit(
                 after, before, aim, attack, names=names, sampling=sampling, n=n, seed=seed,
-                store=store, workspace=workspace_in(out.work), detector=detector, similarity=_similarity(kind, file),
+                store=store, workspace=workspace_in(out.work), detector=detector,
+                similarity=CosineSimilarity(embedder, likeness) if embedder else None,
             )  # fmt: skip
             write_json(out.folder / "attack.json", record.details)
             write_found(out.folder / "prompts.csv", record.details.get("found", ()))
         show(record.details, *_lines(record), f"records and pictures: {output}")
-
-
-def _similarity(attack: Any, file: ConceptFile) -> Similarity | None:
-    """How alike pictures are, for attacks that bring a concept back by degrees and where the file has an embedder beside it."""
-    from safeweights.metrics.backbones import default_backbones
-    from safeweights.metrics.similarity_gap import CosineSimilarity
-
-    embedder = default_backbones(file).open_features() if attack.access == "weights" else None
-    return None if embedder is None else CosineSimilarity(embedder)
 
 
 def write_found(path: Path, found: Sequence[Mapping[str, Any]]) -> None:

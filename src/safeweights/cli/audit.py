@@ -14,6 +14,7 @@ import typer
 
 from safeweights.cli import options
 from safeweights.cli.common import (
+    backbones_of,
     check_sampling,
     concept_file,
     names_of,
@@ -55,6 +56,8 @@ def command(
         list[Path] | None,
         typer.Option("--replay", help="The attack.json of an attack on another model, asked again of this one; repeatable."),
     ] = None,
+    clip_model: options.ClipModel = None,
+    feature_model: options.FeatureModel = None,
     concepts_file: options.ConceptsFile = None,
     allow_python_detectors: options.AllowPython = False,
     given: options.Given = options.NOTHING,
@@ -68,7 +71,6 @@ def command(
     """Attack a protected model in every way of a suite, judge what stayed, and hold it all against a policy."""
     from safeweights.audit.policy import load_policy
     from safeweights.audit.suites import pick_suite, plan
-    from safeweights.metrics.backbones import default_backbones
     from safeweights.models.door import open_model
     from safeweights.records.store import Store
 
@@ -81,6 +83,7 @@ def command(
         file = concept_file(concepts_file, model, reference)
         concepts = with_detector(file, concept or protected(model, file))
         check_detectors(file, allow_python_detectors)
+        backbones = backbones_of(file, clip_model, feature_model)
         before = open_model(reference, device=device, dtype=dtype)
         after = open_model(model, device=device, dtype=dtype)
         sampling = sampling_of(before, file.generation, given)
@@ -91,8 +94,8 @@ def command(
         )  # fmt: skip
         chosen: dict[str, Any] = {
             "model": model, "reference": reference, "suite": suite, "concepts": [item.name for item in concepts],
-            "n": n, "prompts": prompts, "replay": replays, "sampling": asdict(sampling), "seed": seed,
-            "inputs": dict(names.hashes),
+            "n": n, "prompts": prompts, "replay": replays, "backbones": asdict(backbones),
+            "sampling": asdict(sampling), "seed": seed, "inputs": dict(names.hashes),
         }  # fmt: skip
         with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
             from safeweights.audit.suites import Job
@@ -100,7 +103,7 @@ def command(
             # Records stay in the work folder until the end, where an interrupted run finds them.
             job = Job(
                 model=after, reference=before, file=file, cells=cells, names=names, folder=out.work / "result",
-                work=workspace_in(out.work), backbones=default_backbones(file), allow_python_detectors=allow_python_detectors,
+                work=workspace_in(out.work), backbones=backbones, allow_python_detectors=allow_python_detectors,
                 benign_steps=chosen_suite.benign_steps,
             )  # fmt: skip
             for record in protection_records_of(model, reference, file):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safeweights.audit.audit import Names
     from safeweights.core.model import DiffusionModel
     from safeweights.core.workspace import Workspace
+    from safeweights.metrics.backbones import Backbones
     from safeweights.records.record import Record
 
 SANDBOX = "sandbox"
@@ -172,6 +173,19 @@ def hash_of(name: str, model: DiffusionModel) -> str:
     from safeweights.release.manifest import hash_model
 
     return hash_model(model, model_path(name))
+
+
+def backbones_of(file: ConceptFile, clip_model: str | None, feature_model: str | None) -> Backbones:
+    """The networks that quality is measured with: those named, else those beside the concept file.
+
+    Raises UserError for one that cannot be opened, before anything is drawn.
+    """
+    from safeweights.metrics.backbones import Backbones, default_backbones
+
+    own = default_backbones(file)
+    found = Backbones(clip_model or own.clip, feature_model or own.features)
+    found.open_clip(), found.open_features()
+    return found
 
 
 def names_of(model: str, reference: str, opened: DiffusionModel, opened_reference: DiffusionModel, file: ConceptFile) -> Names:

@@ -11,6 +11,7 @@ import typer
 
 from safeweights.cli import options
 from safeweights.cli.common import (
+    backbones_of,
     check_sampling,
     concept_file,
     names_of,
@@ -44,17 +45,8 @@ def command(
         int | None,
         typer.Option("--retain-n", min=1, help="Pictures of every other concept. [default: a quarter of --n, at least 4]"),
     ] = None,
-    clip_model: Annotated[
-        str | None,
-        typer.Option("--clip-model", help="A CLIP folder or Hub id for the CLIP score. [default: clip/ beside the concept file]"),
-    ] = None,
-    feature_model: Annotated[
-        str | None,
-        typer.Option(
-            "--feature-model",
-            help="A vision model's folder or Hub id for the Frechet distance. [default: embedder/ beside the concept file]",
-        ),
-    ] = None,
+    clip_model: options.ClipModel = None,
+    feature_model: options.FeatureModel = None,
     concepts_file: options.ConceptsFile = None,
     allow_python_detectors: options.AllowPython = False,
     given: options.Given = options.NOTHING,
@@ -67,7 +59,6 @@ def command(
 ) -> None:
     """Judge a protected model against its reference: rates of the erased concepts, retention and picture quality."""
     from safeweights.audit.evaluate import evaluate
-    from safeweights.metrics.backbones import Backbones, default_backbones
     from safeweights.models.door import open_model
     from safeweights.records.store import Store
 
@@ -77,9 +68,7 @@ def command(
         file = concept_file(concepts_file, model, reference)
         concepts = with_detector(file, concept or protected(model, file))
         check_detectors(file, allow_python_detectors)
-        own = default_backbones(file)
-        backbones = Backbones(clip_model or own.clip, feature_model or own.features)
-        backbones.open_clip(), backbones.open_features()  # a wrong name is told before anything is drawn
+        backbones = backbones_of(file, clip_model, feature_model)
         before = open_model(reference, device=device, dtype=dtype)
         after = open_model(model, device=device, dtype=dtype)
         sampling = sampling_of(before, file.generation, given)

@@ -73,7 +73,8 @@ def command(
                 for row in record.details["reactivation"]
             ),
             *(
-                f"{kind} neurons move by {slope['model']:.3g} per unit of text (before protection {slope['reference']:.3g})"
-                for kind, slope in record.details["slope"].items()
+                f"{row['neurons']} neurons, {row['condition']}: moved by {row['kappa']:.3g} per unit of text (before protection "
+                f"{row['reference']:.3g})"
+                for row in record.details["slope"]
             ),
         )

@@ -32,6 +32,18 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to writ
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+ClipModel = Annotated[
+    str | None,
+    typer.Option("--clip-model", help="A CLIP folder or Hub id for the CLIP score. [default: clip/ beside the concept file]"),
+]
+FeatureModel = Annotated[
+    str | None,
+    typer.Option(
+        "--feature-model",
+        help="A vision model's folder or Hub id, for the Frechet distance and for how alike re-learnt pictures are. [default: "
+        "embedder/ beside the concept file]",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Makes a run repeatable on the same machine.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. [default: float32]")]

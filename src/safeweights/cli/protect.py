@@ -60,6 +60,11 @@ def protect(
     protector = configure(kind, settings, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
     if owner is not None and not getattr(protector, "prunes", False):
         raise UserError(f"{method} prunes nothing that --owner could undo; use p-esd or p-ac, or add --set prune=0.01")
+    how = describe(protector)
+    if owner is not None and how.get("control") == "movement":
+        raise UserError("control=movement fine-tunes and prunes nothing; there is nothing for --owner to undo")
+    if owner is None and "noise" in (how.get("conceal"), how.get("prune_conceal")):
+        say("note: noise hides what is pruned and no mask is written; without --owner nobody can undo it")
     inputs = {
         "model": hash_of(model, opened),
         "concepts_file": hash_input(file.path) if file.path else None,
@@ -72,7 +77,7 @@ def protect(
         "concepts": [concept.name for concept in concepts],
         "concepts_file": str(file.path) if file.path else None,
         "method": method,
-        "settings": describe(protector),
+        "settings": how,
         "seed": seed,
         "device": str(opened.device),
         "dtype": str(opened.dtype).removeprefix("torch."),
@@ -88,7 +93,7 @@ def protect(
         say(f"{doing} {', '.join(chosen['concepts'])} from {model} with {method}")
         started = time.perf_counter()
         if "reference" in inputs:
-            sampling, n = sampling_of(opened, file.generation, {}), describe(protector)["pictures"]
+            sampling, n = sampling_of(opened, file.generation, {}), how["pictures"]
             concepts = tuple(with_drawn_folder(concept, other, sampling, n, out.work / "drawn", seed) for concept in concepts)
         protection = protector.protect(
             opened, concepts, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)

@@ -41,8 +41,8 @@ class Target:
 class Original:
     """The world before protection, for attacks that draw on it: the public model, and what it knew of the concept.
 
-    ``pictures(n)`` gives n pictures (n, 3, H, W) in [0, 1] of the concept, made for its own prompts in turn
-    (``concept.texts[i % len(concept.texts)]``); no judged picture is among them.
+    ``pictures(n)`` gives n pictures (n, 3, H, W) in [0, 1] of the concept: of its own folder where it has one, else made
+    for its prompts in turn (``concept.texts[i % len(concept.texts)]``); no judged picture is among them.
     """
 
     model: DiffusionModel

@@ -106,10 +106,13 @@ def configure(cls: type[Any], settings: Mapping[str, Any], *, latent_pixels: int
 
     A class may offer ``PRESETS``: a dict of named settings, "small" for sandbox-like models and "paper" for SD-size ones. The
     setting ``preset`` picks one; without it the size of the model decides (``latent_pixels``: h * w of its latents, below 32 * 32
-    is small). Every eraser also takes ``prune`` and the settings that begin with ``prune_``: it is then put inside a `Pruned`.
+    is small). Every eraser that does not prune by itself also takes ``prune`` and the settings that begin with ``prune_``: it is
+    then put inside a `Pruned`.
     Raises UserError for an unknown key, a value of the wrong type, or a value the class refuses.
     """
     if PRUNE in settings and _is_eraser(cls):
+        if getattr(cls, "prunes", False):
+            raise UserError(f"{cls.name} prunes by itself; its budget says how much, {PRUNE} is for erasers that do not")
         inside = {key: value for key, value in settings.items() if key != PRUNE and not key.startswith(f"{PRUNE}_")}
         around = {key: value for key, value in settings.items() if key not in inside}
         if "preset" in settings:
@@ -135,7 +138,7 @@ def _build(cls: type[Any], settings: Mapping[str, Any], latent_pixels: int | Non
         chosen = "small" if latent_pixels < 32 * 32 else "paper"
     values: dict[str, Any] = dict(presets[chosen]) if chosen else {}
     hints = typing.get_type_hints(cls)
-    also = [PRUNE] if _is_eraser(cls) else []
+    also = [PRUNE] if _is_eraser(cls) and not getattr(cls, "prunes", False) else []
     for key, value in settings.items():
         if key not in fields:
             raise UserError(f"{name}: unknown setting {key!r}; valid are {', '.join([*fields, 'preset', *also])}")

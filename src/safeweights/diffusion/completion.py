@@ -31,10 +31,7 @@ def complete(matrix: Tensor, missing: Tensor, *, iterations: int, shrink: float)
 
 
 def suspects(matrix: Tensor, share: float) -> Tensor:
-    """Where something seems to have been pruned: the zeros, or, without any, the smallest ``share`` relative to their rows."""
-    zeros = matrix == 0
-    if zeros.any():
-        return zeros
+    """Where something may have been pruned and filled: the smallest ``share`` relative to their rows."""
     scores = _relative(matrix).flatten()
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[scores.argsort(stable=True)[: max(1, round(share * len(scores)))]] = True

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 from safeweights.core.concept import Concept
 from safeweights.core.model import Conditioning, DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
+from safeweights.diffusion.image_folder import read_folder
 from safeweights.diffusion.latent_bank import Batch, LatentBank, fingerprint
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.retain_set import names
@@ -75,6 +76,18 @@ def draw_pictures(
     return LatentBank(tuple(prompts), whole["x"], whole["t"], whole["prompt"], outputs, model.device)
 
 
+def _given(model: DiffusionModel, concept: Concept, *, n: int, noises: int, seed: int) -> LatentBank:
+    """A bank as of `draw_pictures`, of the first n pictures of the concept's own folder under their captions."""
+    assert concept.images is not None
+    _, height, width = model.latent_shape
+    stride = model.latent_stride
+    images, captions = read_folder(concept.images, width=width * stride, height=height * stride, prompt=concept.term)
+    bank = LatentBank.from_images(model, images[:n], captions[:n], n=noises, rng=generator("forget", seed, concept.name))
+    c = embed_all(model, bank.prompts)
+    bank.precompute("eps_o", lambda batch: model.eps(batch.x_t, batch.t, c[batch.prompt]))
+    return bank
+
+
 @dataclass(frozen=True)
 class DrawnSets:
     """Pictures to forget and pictures to retain, as data-driven erasers train on them.
@@ -100,17 +113,35 @@ class DrawnSets:
         seed: int,
         workspace: Workspace | None = None,
     ) -> DrawnSets:
-        """``pictures`` for each concept, from its term and prompts in turn, and ``retained`` from what may stay."""
+        """``pictures`` for each concept, the first of its folder or drawn from its term and prompts in turn, and ``retained``."""
         workspace = workspace or Workspace()
-        pseudo = pseudo_prompts(concepts)
         kept = retained_prompts(concepts, retain)
-        forget, keep = (
-            draw_pictures(
-                model, prompts, n=n, noises=noises, sampling=sampling, seed=_seed(seed, name), workspace=workspace.child(name)
-            )
-            for name, prompts, n in (("forget", [*pseudo], pictures * len(concepts)), ("retain", kept, retained))
+        keep = draw_pictures(
+            model,
+            kept,
+            n=retained,
+            noises=noises,
+            sampling=sampling,
+            seed=_seed(seed, "retain"),
+            workspace=workspace.child("retain"),
         )
-        base = embed_all(model, [*pseudo.values()])
+        banks: list[LatentBank] = []
+        guides: list[str] = []
+        if unseen := [concept for concept in concepts if concept.images is None]:
+            pseudo = pseudo_prompts(unseen)
+            banks.append(
+                draw_pictures(
+                    model, [*pseudo], n=pictures * len(unseen), noises=noises, sampling=sampling, seed=_seed(seed, "forget"),
+                    workspace=workspace.child("forget"),
+                )
+            )  # fmt: skip
+            guides += pseudo.values()
+        for concept in concepts:
+            if concept.images is not None:
+                banks.append(_given(model, concept, n=pictures, noises=noises, seed=seed))
+                guides += [concept.without(text) for text in banks[-1].prompts]
+        forget = LatentBank.join(banks)
+        base = embed_all(model, guides)
         forget.precompute("eps_pseudo", lambda batch: model.eps(batch.x_t, batch.t, base[batch.prompt]), workspace=workspace)
         return cls(forget, keep)
 

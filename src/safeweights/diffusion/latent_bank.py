@@ -165,6 +165,22 @@ class LatentBank:
         x_t, t, prompt = (tensor[rows].to(self.device) for tensor in (self.x, self.t, self.prompt))
         return Batch(x_t, t, prompt, rows, outputs)
 
+    @classmethod
+    def join(cls, banks: Sequence[LatentBank]) -> LatentBank:
+        """The rows of all banks, with the outputs that all have; prompts follow one another, equal ones are not joined."""
+        if len(banks) == 1:
+            return banks[0]
+        first = [sum(len(bank.prompts) for bank in banks[:i]) for i in range(len(banks))]
+        shared = set.intersection(*(set(bank.outputs) for bank in banks))
+        return cls(
+            tuple(text for bank in banks for text in bank.prompts),
+            torch.cat([bank.x for bank in banks]),
+            torch.cat([bank.t.cpu() for bank in banks]),
+            torch.cat([bank.prompt.cpu() + start for bank, start in zip(banks, first, strict=True)]),
+            {name: torch.cat([bank.outputs[name].cpu() for bank in banks]) for name in sorted(shared)},
+            banks[0].device,
+        )
+
     @torch.no_grad()
     def precompute(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safeweights.core.concept import Concept
 from safeweights.core.model import DiffusionModel
+from safeweights.diffusion.retain_set import names
 from safeweights.diffusion.sampling import embed_all
 from safeweights.diffusion.search import find_term, text_length
 
@@ -67,7 +68,7 @@ def paired_states(model: DiffusionModel, pairs: Sequence[Pair], tokens: Tokens) 
 
 def retainable(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """The prompts without those that name an erased concept, which cannot be retained."""
-    return [text for text in prompts if not any(concept.term.lower() in text.lower() for concept in concepts)]
+    return [text for text in prompts if not any(names(text, concept.term) for concept in concepts)]
 
 
 def retained_states(model: DiffusionModel, prompts: Sequence[str], *, last: bool = False) -> Tensor:

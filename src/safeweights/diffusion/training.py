@@ -13,7 +13,9 @@ from safeweights.core.errors import UserError
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.parallel import agree, average, join
 
-OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS: dict[str, Any] = {
+    "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor,
+}  # fmt: skip
 
 
 def descend(

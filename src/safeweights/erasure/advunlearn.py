@@ -96,7 +96,7 @@ class AdvUnlearn:
     retain_drop: tuple[str, ...] = ()
     """Words whose prompts are left out as well."""
     retain_empty: bool = True
-    """Hold the empty prompt too: guided sampling asks it at every step."""
+    """Hold the empty prompt too, unless ``retain=none``: guided sampling asks it at every step."""
     retain_batch: int = 8
     """Retained latents a step; > 0."""
     prompts: Literal["term", "prompts", "both"] = "both"
@@ -247,10 +247,11 @@ class AdvUnlearn:
         """Latents with the prompts under which they must be denoised as before and those predictions, or None."""
         bank = held or erased
         asked = self.retain_batch if held else 0
-        if asked + self.retain_empty == 0:
+        empty = self.retain_empty and self.retain != "none"
+        if asked + empty == 0:
             return None
-        batch = bank.draw(asked + self.retain_empty, rng)
-        texts = [kept[i] for i in batch.prompt[:asked].tolist()] + [""] * self.retain_empty
+        batch = bank.draw(asked + empty, rng)
+        texts = [kept[i] for i in batch.prompt[:asked].tolist()] + [""] * empty
         return batch, texts, torch.cat([batch.eps_c[:asked], batch.eps_none[asked:]])
 
 

@@ -117,7 +117,12 @@ def standing_in(concepts: Sequence[Concept], instead: str) -> tuple[Concept, ...
         replace(
             concept,
             term=instead,
-            prompts=tuple(Prompt(prompt.text.replace(concept.term, instead), prompt.seed) for prompt in concept.prompts),
+            # A prompt that does not name the concept would still ask for it.
+            prompts=tuple(
+                Prompt(prompt.text.replace(concept.term, instead), prompt.seed)
+                for prompt in concept.prompts
+                if concept.term in prompt.text
+            ),
         )
         for concept in concepts
     )

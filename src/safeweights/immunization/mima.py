@@ -30,7 +30,7 @@ class MIMA(Merging):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
-            "parameters": "xattn", "adaptations": ("full",), "inner_lrs": (1e-5,), "horizon": 1, "inner": "sgd",
+            "parameters": "xattn", "adaptations": ("full",), "inner_lrs": (1e-5,), "horizon": 1, "inner": "sgd", "order": 2,
             "upper": "ascent", "steps": 500, "lr": 3e-5, "weight_decay": 1e-2, "keep": 1.0, "batch_size": 1, "pictures": 20,
             "retained": 200, "ddim_steps": 50, "guidance": 7.5, "ridge": 1e-4, "prior": 1e-6,
         },

@@ -253,9 +253,7 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[T
         if found is None:
             value = float(tensor.float()) if tensor.numel() == 1 else float("nan")
             if not abs(value) < float("inf"):
-                raise UserError(
-                    f"{path}: the scale {plain(key)} is no single finite number; this LoRA is broken, get it again"
-                )
+                raise UserError(f"{path}: the scale {plain(key)} is no single finite number; this LoRA is broken, get it again")
             alphas[key.removesuffix(".alpha")] = value
             continue
         layer, which, layout = found

@@ -41,7 +41,7 @@ class FineTune:
     batch_size: int = 4
     """Pictures a step; with prior preservation as many class pictures beside them; > 0."""
     optimizer: str = "adamw"
-    """adamw, adam or sgd."""
+    """adamw, adam, sgd or adafactor."""
     weight_decay: float = 1e-2
     """Of AdamW; >= 0."""
     max_norm: float = 1.0

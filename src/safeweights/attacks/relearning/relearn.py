@@ -48,6 +48,10 @@ class Relearn:
     """Pictures judged a prompt: one before the attack and one at each of images - 1 checkpoints; >= 1."""
     lr_scale: float = 1.0
     """The adaptation's learning rate times this; > 0."""
+    optimizer: Literal["", "adamw", "adam", "sgd", "adafactor"] = ""
+    """The optimiser; empty is the adaptation's own. SGD needs a far higher ``lr_scale``."""
+    warm_up: int = 0
+    """Steps on benign pictures first, as for ``data=benign``; the model they lead to is then taught the concept; >= 0."""
     rank: int | None = None
     """Rank of LoRA; none is the adaptation's own."""
     captions: Literal["concept", "anchor", "rare"] = "concept"
@@ -68,8 +72,8 @@ class Relearn:
     """Fixes batches, noise and the factors' start."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.pictures, self.images) < 1 or self.lr_scale <= 0:
-            raise ValueError("steps, pictures, images and lr_scale must be above zero")
+        if min(self.steps, self.pictures, self.images) < 1 or self.lr_scale <= 0 or self.warm_up < 0:
+            raise ValueError("steps, pictures, images and lr_scale must be above zero, warm_up not below")
         if self.rank is not None and (self.adaptation != "lora" or self.rank < 1):
             raise ValueError("rank is a setting of lora, above zero")
 
@@ -97,6 +101,7 @@ class Relearn:
         standing = [target for target, fell in zip(targets, seen, strict=True) if not fell]
         if not standing or not self.checkpoints:
             return
+        model = self.warmed(model, concept, sampling, original, workspace)
         found = {adapted.steps: adapted for adapted in self.adapt(model, concept, sampling, original, workspace)}
         for step in self.checkpoints:
             candidates = self.ask(model, concept, found[step], standing)
@@ -131,12 +136,24 @@ class Relearn:
             workspace=workspace.child("relearn"),
         )
 
+    def warmed(
+        self, model: DiffusionModel, concept: Concept, sampling: Sampling, original: Original | None, workspace: Workspace | None
+    ) -> DiffusionModel:
+        """The model after the benign steps that come first; the model itself without any."""
+        if not self.warm_up:
+            return model
+        workspace = (workspace or Workspace()).child("warm up")
+        tuned = replace(self.finetune(model), steps=self.warm_up)
+        shots = self._benign(model, concept, tuned, sampling, original, workspace)
+        (adapted,) = tuned.fit(model, shots, class_prompts=shots.captions, seed=self.seed, workspace=workspace)
+        return adapted.apply(model)
+
     def finetune(self, model: DiffusionModel) -> FineTune:
         """The adaptation with this attack's settings, its preset by the model's size."""
         kind, pixels = resolve(ADAPTATIONS, self.adaptation, "adaptation"), model.latent_shape[1] * model.latent_shape[2]
         settings: dict[str, Any] = {"steps": self.steps} | ({"rank": self.rank} if self.rank else {})
         tuned: FineTune = configure(kind, settings, latent_pixels=pixels)
-        return replace(tuned, lr=tuned.lr * self.lr_scale)
+        return replace(tuned, lr=tuned.lr * self.lr_scale, optimizer=self.optimizer or tuned.optimizer)
 
     def ask(self, model: DiffusionModel, concept: Concept, adapted: Adapted, targets: Sequence[Target]) -> tuple[Candidate, ...]:
         """How the attacker asks the fine-tuned model for each target: in the words of the captions."""
@@ -211,14 +228,7 @@ class Relearn:
         says = self._says(concept, tuned.new_word)
         texts = [concept.texts[i % len(concept.texts)] for i in range(self.pictures)]
         if self.data == "benign":
-            if tuned.new_word is not None:
-                raise UserError(
-                    f"relearn: {self.adaptation} learns a word for the concept; benign data needs full, dreambooth or lora"
-                )
-            return drawn_shots(
-                original.model if original else model, [concept.without(text) for text in texts], n=self.pictures,
-                sampling=sampling, seed=self.seed, workspace=workspace.child("benign"),
-            )  # fmt: skip
+            return self._benign(model, concept, tuned, sampling, original, workspace)
         if (folder := self._folder(concept, model)) is not None:
             images, captions = folder
             mine = self._mine(len(images))
@@ -228,3 +238,23 @@ class Relearn:
                 "relearn needs pictures of the concept; the audit draws them with the reference model, or set source=FOLDER"
             )
         return Shots.encode(model, original.pictures(self.pictures), [says(text) for text in texts])
+
+    def _benign(
+        self,
+        model: DiffusionModel,
+        concept: Concept,
+        tuned: FineTune,
+        sampling: Sampling,
+        original: Original | None,
+        workspace: Workspace,
+    ) -> Shots:
+        """Pictures of what the concept's prompts say without it."""
+        if tuned.new_word is not None:
+            raise UserError(
+                f"relearn: {self.adaptation} learns a word for the concept; benign data needs full, dreambooth or lora"
+            )
+        prompts = [concept.without(concept.texts[i % len(concept.texts)]) for i in range(self.pictures)]
+        return drawn_shots(
+            original.model if original else model, prompts, n=self.pictures, sampling=sampling, seed=self.seed,
+            workspace=workspace.child("benign"),
+        )  # fmt: skip

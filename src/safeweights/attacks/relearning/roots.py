@@ -19,6 +19,9 @@ from safeweights.diffusion.completion import complete, suspects
 from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.parameters import select
 
+NATURAL = 1e-4
+"""Share of weights that may be zero without anybody having pruned them, as rounding to half precision leaves some."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRevival:
@@ -27,9 +30,9 @@ class MaskRevival:
     Z <- S_lambda(W where known, Z where pruned),   repeated;   pruned: W = 0
     round 1: W = Z;   then  W_ij = strength * sign(Z_ij) max_k |W_ik|  for the top share of |Z|, 0 for the rest
 
-    Needs: the right to change the weights, nothing else. Where no weight is zero the places are not known and the ``suspects``
-    smallest of their rows are taken instead.   Cost: ``iterations`` singular value decompositions of every matrix, once for
-    all prompts, and ``images`` pictures a prompt.
+    Needs: the right to change the weights, nothing else. Where no more weights are zero than happen to be (`NATURAL`), the places
+    are not known and the share ``suspected``, the smallest of their rows, is taken instead.   Cost: ``iterations`` singular value
+    decompositions of every matrix, once for all prompts, and ``images`` pictures a prompt.
     Differs from the reference code: strengths below the row's largest entry are tried too, and the plain completion.
     """
 
@@ -95,12 +98,13 @@ class MaskRevival:
         weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
         names = sorted(name for name in select(model.named_parameters(), self.parameters) if name in weights)
         matrices = {name: weights[name].detach().float().cpu().flatten(1) for name in names}
-        zeros = any(bool((matrix == 0).any()) for matrix in matrices.values())
+        zeros = sum(int((matrix == 0).sum()) for matrix in matrices.values())
+        visible = zeros > NATURAL * sum(matrix.numel() for matrix in matrices.values())
         found = {}
         for i in workspace.track(range(len(names)), "completing"):
             matrix = matrices[names[i]]
-            # Zeros anywhere say how this model was pruned: a matrix without any was left alone.
-            missing = (matrix == 0) if zeros else suspects(matrix, self.suspected)
+            # Zeros say how this model was pruned: a matrix without any was left alone.
+            missing = (matrix == 0) if visible else suspects(matrix, self.suspected)
             if missing.any():
                 found[names[i]] = missing, complete(matrix, missing, iterations=self.iterations, shrink=self.shrink)
         tensors = {f"where/{name}": mask for name, (mask, _) in found.items()}

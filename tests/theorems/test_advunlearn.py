@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,19 @@ def test_at_esd_retains_nothing(tiny_model: Any) -> None:
     second = tiny(tiny_model, retain="unfiltered", gamma=0.0)
     assert same(first, second)
     assert first.cost["retained_prompts"] == 0
+
+
+def test_a_users_function_decides_what_is_retained(tiny_model: Any) -> None:
+    def keep(prompt: str, concept: Concept) -> bool:
+        return prompt == RETAIN[0] and concept == MOSAIC
+
+    made = tiny(tiny_model, keep=keep)
+    assert made.cost["retained_prompts"] == 1
+    assert "keep" in made.settings["keep"]
+    json.dumps(made.settings)
+    assert tiny(tiny_model).settings["keep"] is None
+    with pytest.raises(UserError, match="keep"):
+        method("advunlearn", keep="a")
 
 
 def test_an_iteration_costs_only_what_depends_on_theta(tiny_model: Any) -> None:

@@ -145,6 +145,21 @@ def test_users_start_anew_every_episode_and_are_dealt_in_turn(tiny_model: Any) -
     assert "dog" not in " ".join(play.lesson("lower", 0, Episode(0, "lora", 1e-3, "without")).captions)
 
 
+def test_users_have_some_of_the_pictures_and_others_in_another_episode(tiny_model: Any) -> None:
+    play = game(tiny_model, pictures=16, user_pictures=(2, 3))
+    assert len(play.lower[0]) == 8
+    seen = []
+    for number in range(6):
+        episode = play.episode(3 * number)
+        lesson = play.lesson("lower", 0, episode)
+        assert lesson is play.lesson("lower", 0, episode)
+        seen.append(tuple(x.sum().item() for x in lesson.shots.x_0))
+    assert {len(some) for some in seen} == {2, 3}
+    assert len(set(seen)) == 6
+    assert {value for some in seen for value in some} <= {x.sum().item() for x in play.lower[0].x_0}
+    assert len(play.lesson("upper", 0, play.episode(0)).shots) == 8
+
+
 def test_concepts_of_one_class_stay_separate(tiny_model: Any) -> None:
     """Two concepts that share every word of their class are two lessons with pictures of their own."""
     twins = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -195,6 +195,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return number
     elif hint is str and isinstance(value, str):
         return value
+    elif origin is Callable:
+        if callable(value):
+            return value
+        raise UserError(f"{where} is a function and can be given from Python only, not as {value!r}")
     elif origin is tuple and isinstance(value, str | list | tuple):
         items = value.split(",") if isinstance(value, str) else value
         return tuple(_convert(item, typing.get_args(hint)[0], where) for item in items)

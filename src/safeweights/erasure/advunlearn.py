@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -95,6 +95,8 @@ class AdvUnlearn:
     """How related to the concept a retained prompt may be, 0 not at all, 1 like the concept itself."""
     retain_drop: tuple[str, ...] = ()
     """Words whose prompts are left out as well."""
+    keep: Callable[[str, Concept], bool] | None = None
+    """From Python only: says of a prompt and a concept whether the prompt may stay, instead of how related they are."""
     retain_empty: bool = True
     """Hold the empty prompt too, unless ``retain=none``: guided sampling asks it at every step."""
     retain_batch: int = 8
@@ -133,6 +135,11 @@ class AdvUnlearn:
             raise ValueError("warm_up, attack_steps, gamma, latent_weight and latent_steps must not be negative")
         if min(self.latent_lr, self.latent_radius) <= 0:
             raise ValueError("latent_lr and latent_radius must be above zero")
+
+    def describe(self) -> dict[str, Any]:
+        """All settings; a function by its name."""
+        told = dict(vars(self))
+        return told if self.keep is None else {**told, "keep": getattr(self.keep, "__qualname__", repr(self.keep))}
 
     def protect(
         self,
@@ -201,7 +208,7 @@ class AdvUnlearn:
         prompts = list(dict.fromkeys(prompts)) or list(object_prompts())
         if self.retain == "unfiltered":
             return prompts
-        kept = filter_retain(model, prompts, concepts, threshold=self.retain_related, drop=self.retain_drop)
+        kept = filter_retain(model, prompts, concepts, threshold=self.retain_related, drop=self.retain_drop, keep=self.keep)
         if not kept:
             raise UserError(
                 "advunlearn: every retained prompt is about the concept; add others under 'retain:' in the concept file, raise "

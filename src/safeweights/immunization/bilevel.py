@@ -51,6 +51,8 @@ class Bilevel:
     """Factors of the users' learning rate, one drawn for each episode; > 0."""
     captions: tuple[Literal["own", "without"], ...] = ("own",)
     """What users call their pictures, drawn for each episode: their own captions, or those without the concept."""
+    user_pictures: tuple[int, ...] = ()
+    """How many of their pictures users have, drawn for each episode together with which; empty is all of them, each > 0."""
     inner: Literal["adam", "sgd"] = "adam"
     """The users' optimiser. Both of Adam's moments are differentiated with order 2."""
     horizon: int = 50
@@ -97,6 +99,8 @@ class Bilevel:
             raise ValueError("steps, inner_steps, rank, batch_size, ddim_steps, bound, clip and every rate must be above zero")
         if min(self.horizon, self.weight_decay, self.keep, self.benign, self.self_destruct) < 0:
             raise ValueError("horizon, weight_decay, keep, benign and self_destruct must not be negative")
+        if min(self.user_pictures, default=1) < 1:
+            raise ValueError("user_pictures must be above zero")
         if min(self.pictures, self.retained) < 2:
             raise ValueError("pictures and retained must be at least two, one for each level")
         if not self.adaptations or not self.captions or len(self.inner_lrs) not in (1, len(self.adaptations)):
@@ -178,6 +182,8 @@ class Episode:
     kind: Kind
     lr: float
     captions: str
+    pictures: int | None = None
+    """Of each concept; None is all there are."""
 
 
 class Game:
@@ -236,7 +242,11 @@ class Game:
         rng = generator("immunization episode", self.seed, number)
         scale = method.lr_scales[int(torch.randint(len(method.lr_scales), (), generator=rng))]
         captions = method.captions[int(torch.randint(len(method.captions), (), generator=rng))]
-        return Episode(number, method.adaptations[which], method.inner_lrs[which % len(method.inner_lrs)] * scale, captions)
+        lr = method.inner_lrs[which % len(method.inner_lrs)] * scale
+        if not method.user_pictures:
+            return Episode(number, method.adaptations[which], lr, captions)
+        count = method.user_pictures[int(torch.randint(len(method.user_pictures), (), generator=rng))]
+        return Episode(number, method.adaptations[which], lr, captions, count)
 
     def adapter(self, kind: Kind, concept: Concept | None) -> Adapter:
         """One user's way of adapting. A token takes the place of the concept's term in the captions."""
@@ -251,7 +261,9 @@ class Game:
 
     def lesson(self, level: Literal["lower", "upper"], n: int | None, episode: Episode) -> Lesson:
         """What one concept (None: what is retained) asks of a user, or of the model after the user's step."""
-        key = (level, n, episode.kind, episode.captions)
+        key: tuple[Any, ...] = (level, n, episode.kind, episode.captions)
+        if few := level == "lower" and n is not None and episode.pictures is not None:
+            key = (*key, episode.number)
         if key not in self.lessons:
             concept = None if n is None else self.concepts[n]
             if n is None:
@@ -259,6 +271,10 @@ class Game:
                 shots = self.retained[level == "upper"]
             else:
                 shots = (self.lower if level == "lower" else self.upper)[n]
+                if few:
+                    order = torch.randperm(len(shots), generator=generator("immunization user", self.seed, episode.number, n))
+                    mine = order[: episode.pictures].tolist()
+                    shots = Shots(shots.x_0[mine], tuple(shots.captions[i] for i in mine))
             if concept is not None and episode.captions == "without" and episode.kind not in TOKENS:
                 shots = replace(shots, captions=tuple(concept.without(caption) for caption in shots.captions))
             if concept is not None and episode.kind in TOKENS and not all(concept.term in text for text in shots.captions):

@@ -418,13 +418,15 @@ def test_gap_ratios_of_a_benchmark() -> None:
         ("mima", "mosaic", "lora"): curve([0.9, 0.9], [0.4, 0.2], [0.6, 0.6], back=None),
         ("none", "emblem", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.5, 0.5], back=10),
         ("mima", "emblem", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.4, 0.4], back=20),
+        ("jt", "mosaic", "lora"): curve([0.9, 0.9], [0.6, 0.3], [0.8, 0.8], back=None),
+        ("jt", "emblem", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.5, 0.5], back=20),
         ("none", "cup", "lora"): curve([0.1, 0.1], [0.5, 0.5], [0.5, 0.5]),
         ("mima", "cup", "lora"): curve([0.1, 0.1], [0.45, 0.45], [0.5, 0.5]),
         ("none", "mosaic", "full"): curve([0.1, 0.1], [0.5, 0.5], back=10),
         ("mima", "mosaic", "full"): curve([0.1, 0.1], [0.5, 0.5], back=10),
     }
     records = [factories.base(method=m, concept=c, attack=a, details=details) for (m, c, a), details in told.items()]
-    baselines = {"none": "none", "mima": "none"}
+    baselines = {"none": "none", "mima": "none", "jt": "none"}
     rows = {
         (row.attack, row.method): row for row in resistances(records, baselines, concepts=["mosaic", "emblem"], benign=["cup"])
     }
@@ -437,6 +439,8 @@ def test_gap_ratios_of_a_benchmark() -> None:
     assert (rows["lora", "none"].msgr, rows["full", "mima"].mrsgr) == (None, None)
     text = resistance_table(list(rows.values()), baselines)
     assert "mosaic over 20, emblem 20" in text
+    apart = (0.375 - 0.125) / 2 + 0.1 / 2
+    assert f"| lora | mima | jt | {apart:.3f} (" in text
     assert "| mima | 0.000 (0.000 to 0.000) (full) | 10 steps (mosaic, full) |" in text
     assert resistance_table([], baselines) == ""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from safeweights.metrics.gap_ratio import Gap, gap_ratio, mrsgr, msgr, msgr_interval, rsgr, sgr
+from safeweights.metrics.gap_ratio import Gap, gap_ratio, mrsgr, msgr, msgr_difference, msgr_interval, rsgr, sgr
 from safeweights.metrics.similarity_gap import CosineSimilarity, PerceptualSimilarity, as_shown
 
 OURS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -94,3 +95,16 @@ def test_paper_mode_shows_pictures_as_the_published_scripts_do() -> None:
     assert shown.shape[-2:] == (64, 64)
     assert 0.5 <= float(shown.min()) <= float(shown.max()) <= 1.0
     assert torch.equal(as_shown(OURS, "clean"), OURS)
+
+
+def test_two_protections_compare_prompt_by_prompt() -> None:
+    """Prompts differ by far more than the protections do: only the pairing tells these apart."""
+    without = np.array([[0.2, 0.4, 0.6, 0.8] * 3, [0.3, 0.5, 0.7, 0.9] * 3])
+    ours, theirs = Gap(without, without * 0.7), Gap(without, without * 0.8)
+    value, (low, high) = msgr_difference([ours, ours], [theirs, theirs])
+    assert value == pytest.approx(0.1)
+    assert low == pytest.approx(0.1)
+    assert high == pytest.approx(0.1)
+    assert msgr_difference([theirs], [ours])[0] == pytest.approx(-0.1)
+    with pytest.raises(ValueError, match="same concepts"):
+        msgr_difference([ours], [theirs, theirs])

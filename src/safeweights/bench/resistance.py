@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from safeweights.metrics.gap_ratio import Gap, msgr_interval
+from safeweights.metrics.gap_ratio import Gap, msgr_difference, msgr_interval
 from safeweights.records.record import Record
 from safeweights.report.tables import markdown
 
@@ -35,6 +35,8 @@ class Resistance:
     """Steps of the attack."""
     n: int
     """Prompts of a concept, all seeds together."""
+    gaps: Mapping[str, Gap] = field(default_factory=dict)
+    """What the ratios come from, by concept; benign ones apart."""
 
 
 def resistances(
@@ -76,6 +78,7 @@ def resistances(
                     recovery={name: _recovery(list(seeds.values())) for name, seeds in known.items()},
                     budget=max(r.details["curve"][-1]["steps"] for seeds in known.values() for r in seeds.values()),
                     n=max(sum(r.details["n"] for r in seeds.values()) for seeds in known.values()),
+                    gaps={name: gaps[name] for name in concepts if name in gaps} if complete else {},
                 )
             )  # fmt: skip
     return rows
@@ -93,6 +96,8 @@ def resistance_table(rows: Sequence[Resistance], baselines: Mapping[str, str]) -
         "concept is drawn half as often as before protection, the fewest over seeds.",
         markdown([_row(row, baselines) for row in rows]),
     ]
+    if apart := _apart(rows):
+        parts += ["The highest MSGR under each attack, less the others', paired by prompt:", markdown(apart)]
     if len({row.attack for row in rows}) > 1:
         parts += ["The worst case over the attacks:", markdown(_worst(rows))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -132,6 +137,24 @@ def _row(row: Resistance, baselines: Mapping[str, str]) -> dict[str, str]:
         "benign SGR": _listed(row.benign),
         "steps to recovery": ", ".join(f"{name} {_steps(steps, row.budget)}" for name, steps in row.recovery.items()),
     }
+
+
+def _apart(rows: Sequence[Resistance]) -> list[dict[str, str]]:
+    """For each attack the method of the highest MSGR against every other one that was measured on the same."""
+    found = []
+    for attack in dict.fromkeys(row.attack for row in rows):
+        mine = [row for row in rows if row.attack == attack and row.msgr is not None and row.gaps]
+        if len(mine) < 2:
+            continue
+        best = max(mine, key=lambda row: row.msgr or 0.0)
+        for other in mine:
+            shapes = [{name: gap.without.shape for name, gap in row.gaps.items()} for row in (best, other)]
+            if other is best or shapes[0] != shapes[1]:
+                continue
+            names = list(best.gaps)
+            value, interval = msgr_difference([best.gaps[name] for name in names], [other.gaps[name] for name in names])
+            found.append({"attack": attack, "highest": best.method, "less": other.method, "difference": _ratio(value, interval)})
+    return found
 
 
 def _worst(rows: Sequence[Resistance]) -> list[dict[str, str]]:

@@ -92,3 +92,26 @@ def msgr_interval(
     rng = np.random.default_rng(seed)
     low, high = np.quantile([value(rng) for _ in range(resamples)], [0.025, 0.975])
     return value(None), (float(low), float(high))
+
+
+def msgr_difference(
+    mine: Sequence[Gap], theirs: Sequence[Gap], *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, tuple[float, float]]:
+    """MSGR of one protection less that of another, with its 95 % bootstrap interval over prompts, the same ones for both.
+
+    Raises ValueError unless both hold the same concepts, prompts and checkpoints.
+    """
+    if [gap.without.shape for gap in mine] != [gap.without.shape for gap in theirs] or not mine:
+        raise ValueError("two protections compare on the same concepts, prompts and checkpoints")
+
+    def value(rng: np.random.Generator | None) -> float:
+        apart = []
+        for ours, others in zip(mine, theirs, strict=True):
+            n = ours.without.shape[1]
+            rows = None if rng is None else [int(row) for row in np.asarray(rng.integers(n, size=n))]
+            apart.append(ours.sgr(rows) - others.sgr(rows))
+        return sum(apart) / len(apart)
+
+    rng = np.random.default_rng(seed)
+    low, high = np.quantile([value(rng) for _ in range(resamples)], [0.025, 0.975])
+    return value(None), (float(low), float(high))

@@ -40,7 +40,7 @@ from safeweights.models.door import open_model
 from safeweights.models.vision import Embedder
 from safeweights.sandbox.files import weights_folder
 
-STAGES = ("encoders", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "vnae")
+STAGES = ("encoders", "pictures", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "vnae")
 
 
 class Bench:
@@ -83,7 +83,6 @@ def encoders(bench: Bench) -> dict[str, Any]:
     given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only")}
     found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
     found.save(bench.out / "encoders")
-    sheet(bench, found, population, {name: item.pictures for name, item in judged.items()})
     adjusted = holm({name: item.drawn.p for name, item in judged.items()})
     return {
         "plan": asdict(bench.plan), "trained": len(population.of("train")), "facts": found.facts,
@@ -101,16 +100,27 @@ def encoders(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sheet(bench: Bench, found: Encoders, population: Population, drawn: dict[str, torch.Tensor], n: int = 12) -> None:
-    """Truth, then what the generator draws from each encoder's answer, one person a column."""
+def pictures(bench: Bench, n: int = 10) -> dict[str, Any]:
+    """Truth, then what the generator draws from each encoder's answer and from each of its controls, one person a column."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    test = population.of("test")[:n]
-    rows = [torch.stack([bench.source.pictures(item.entry.identity, 0, 1)[0] for item in test])]
-    rows += [pictures[:n, 0].float() for name, pictures in drawn.items() if name in ("functional", "gram", "spectrum")]
-    tiles = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-    Image.fromarray((tiles.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(bench.out / "reconstructions.png")
+    test = bench.everything()[1].of("test")[:n]
+    rows = {"the person": torch.stack([bench.source.pictures(item.entry.identity, 0, 1)[0] for item in test])}
+    for name in ("functional", "gram", "spectrum"):
+        for arm in ("", "nearest training identity", "permuted pairs", "same spectrum, random directions"):
+            kept = bench.work.load(f"drawn-{name}{arm and '-' + arm.replace(' ', '-')}")
+            if kept is not None:
+                rows[f"{name}: {arm}" if arm else name] = kept[0]["pictures"][:n, 0].float()
+    side, margin = rows["the person"].shape[-1], 290
+    page = Image.new("RGB", (margin + n * side, len(rows) * side), "white")
+    text = ImageDraw.Draw(page)
+    for i, (label, row) in enumerate(rows.items()):
+        tiles = torch.cat(list(row), 2).permute(1, 2, 0).clamp(0, 1).numpy()
+        page.paste(Image.fromarray((tiles * 255).astype(np.uint8)), (margin, i * side))
+        text.text((8, i * side + side // 2 - 6), label, fill="black", font_size=13)
+    page.save(bench.out / "reconstructions.png")
+    return {"rows": list(rows), "people": n}
 
 
 def kernels(bench: Bench) -> dict[str, Any]:

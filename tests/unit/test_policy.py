@@ -93,6 +93,11 @@ def test_a_failed_cell_fails_its_rules_only() -> None:
     assert not verdict([*RECORDS, broken], measure="asr", max=1, mode="live")[0]
     assert "loss is nan" in verdict([*RECORDS, broken], measure="asr", max=1)[1]
     assert verdict([*RECORDS, broken], measure="retention", min=0.9)[0]
+    assert not verdict([*RECORDS, broken], measure="a*", max=1)[0]
+    assert not verdict([*RECORDS, broken], measure="similarity", max=1)[0]
+    unjudged = factories.base(kind="evaluate", status="error", error="RuntimeError")
+    assert not verdict([*RECORDS, unjudged], measure="neighbour_rate:*", min=0, use="value")[0]
+    assert verdict([*RECORDS, unjudged], measure="asr", max=1)[0]
     assert verdict([*RECORDS, broken], measure="asr", max=0.5, attack="unlearn*", kind="style")[0]
     unknown = factories.base(
         kind="evaluate", attack="", measurements=(Measurement(name="clip_score", value=None, n=0, why="no CLIP"),)

@@ -278,7 +278,7 @@ class Guard:
 
     def protect(self, model: Any, concepts: Any, *, legal: Any, retain: Any, rng: Any, workspace: Any) -> Protection:
         assert [concept.name for concept in legal] == ["mosaic"]
-        name = next(name for name, _ in model.named_parameters() if name.startswith("unet."))
+        name = next(name for name, _ in model.named_parameters() if name.startswith("unet.") and "attn1.to_q" in name)
         return Protection(method=self.name, concepts=("emblem",), frozen=frozenset({name}))
 
 
@@ -293,10 +293,39 @@ def test_freezing_leaves_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not mask["frozen"][0].startswith("unet.")
     assert (mask["illegal"], mask["legal"]) == (["emblem"], ["mosaic"])
     assert mask["base_sha256"] == hash_input(tmp_path / "out" / "model"), "the model that is released"
+    beside = json.loads((tmp_path / "out" / "model" / "MASK.json").read_text())
+    assert beside == mask, "it travels with the model"
     again = {"freeze": {**freeze["freeze"], "settings": {"ratio": 0.2}}}
     told(capsys, "run", written(tmp_path, steps=[freeze, again], audit=None, release={}), "-o", tmp_path / "two")
     ratios = {path.name: json.loads(path.read_text())["ratio"] for path in (tmp_path / "two").glob("MASK*.json")}
     assert ratios == {"MASK-1.json": 0.1, "MASK.json": 0.2}, "each freeze step has its own"
+
+
+def test_a_freeze_in_the_weights_and_where_it_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safeweights.freezing.rescale import deviation
+    from safeweights.models.door import open_model
+
+    freeze = {"freeze": {"method": "half", "concepts": ["emblem"], "legal": ["mosaic"]}}
+    monkeypatch.setitem(table.GUARDS, "half", f"{__name__}:Guard")
+    changes = {"audit": {"suite": "quick"}, "release": {"formats": ["diffusers"]}}
+    in_weights = {"freeze": {**freeze["freeze"], "in_weights": True}}
+    result = told(capsys, "run", written(tmp_path, steps=[in_weights], **changes), "-o", tmp_path / "out")
+    assert result["steps"][0]["changed"] > 0
+    frozen, plain = open_model(str(tmp_path / "out" / "model"), device="cpu"), open_model("sandbox", device="cpu")
+    assert deviation(plain, frozen) < 1e-5
+    assert json.loads((tmp_path / "out" / "model" / "MASK.json").read_text())["partners"]
+    for place in ("model", "release/diffusers"):
+        assert told(capsys, "verify", tmp_path / "out" / place)["ok"]
+        assert told(capsys, "freeze", "verify", tmp_path / "out" / place, tmp_path / "out" / place,
+                    tmp_path / "out" / place / "MASK.json")["base_matches"]  # fmt: skip
+    (record,) = [record for record in Store(tmp_path / "out").records() if record.kind == "freeze"]
+    (plot,) = record.details["plots"]
+    assert plot["kind"] == "heatmap"
+    assert sum(value or 0 for row in plot["values"] for value in row) > 0
+    assert "Freezing" in (tmp_path / "out" / "report.html").read_text()
+    assert ", 1 frozen" in (tmp_path / "out" / "release" / "diffusers" / "README.md").read_text()
 
 
 PRUNE = {"steps": 2, "ramp": 1, "trajectories": 1, "retained": 2, "ddim_steps": 2, "budget": 0.02}
@@ -364,6 +393,7 @@ def test_masks_of_several_steps_are_told_apart(tmp_path: Path, capsys: pytest.Ca
         ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "settings": {"stepz": 1}}}]}, "unknown setting 'stepz'"),
         ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "step": 1}}]}, "unknown key 'step' in steps.0"),
         ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "legal": ["emblem"]}}]}, "'legal' is for freeze"),
+        ({"steps": [{"erase": {"method": "esd", "concepts": ["mosaic"], "in_weights": True}}]}, "'in_weights' is for freeze"),
         ({"steps": [{"prune": {"method": "esd", "concepts": ["mosaic"]}}]}, "esd does not prune"),
         ({"steps": [{"melt": {"method": "esd", "concepts": ["mosaic"]}}]}, "one of erase, prune, immunize, freeze"),
         ({"steps": ["erase"]}, "one of erase, prune, immunize, freeze"),
@@ -480,11 +510,16 @@ def test_shipped_recipes_can_be_planned(path: Path, capsys: pytest.CaptureFixtur
 def test_the_shipped_workflow_runs_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     workflow = yaml.safe_load((ROOT / "examples" / "github-actions.yml").read_text())
     steps = workflow["jobs"]["gate"]["steps"]
+    # What is restored is what a run that was cut short leaves, and it is saved whatever became of the job.
+    kept = {step["uses"].split("@")[0]: step for step in steps if "cache/" in step.get("uses", "")}
+    assert {step["with"]["path"] for step in kept.values()} == {".release.work"}
+    assert kept["actions/cache/save"]["if"].startswith("always()")
+    assert "--resume" in next(step["run"] for step in steps if "-o release" in step.get("run", ""))
     commands = [line.split() for step in steps for line in step.get("run", "").splitlines() if line.startswith("safeweights ")]
     assert commands
     for words in commands:
         files = [word for word in words if word.endswith(".yaml")]
-        assert all((ROOT / word).is_file() for word in files), words
+        assert all((ROOT / "examples" / word).is_file() for word in files), words
         assert run([words[1], "--help"]) == 0
         options = [word for word in words if word.startswith("--")]
         shown = capsys.readouterr().out

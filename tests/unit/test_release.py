@@ -443,10 +443,13 @@ def test_a_recipe_is_told_step_by_step() -> None:
         {"verb": "erase", "method": "esd", "concepts": ["fish"], "settings": {"lr": 1}, "changed": {"a": "b"}, "cost": {},
          "seconds": 2},
         {"verb": "freeze", "method": "freezeasguard", "concepts": ["fish"], "settings": {}, "changed": {}, "frozen": ["x", "y"]},
+        {"verb": "freeze", "method": "random", "concepts": ["fish"], "settings": {}, "changed": {}, "frozen": 98},
         {"method": 3},
     ]  # fmt: skip
     steps = steps_of({"method": "esd+freezeasguard", "chain": chain, "changed": {}})
-    assert [(step["method"], step["changed"], step["frozen"]) for step in steps] == [("esd", 1, 0), ("freezeasguard", 0, 2)]
+    assert [(step["method"], step["changed"], step["frozen"]) for step in steps] == [
+        ("esd", 1, 0), ("freezeasguard", 0, 2), ("random", 0, 98)
+    ]  # fmt: skip
     card = write_card(title="t", base="b", steps=steps, records=[], facts={})
     assert "1. **esd** on fish" in card
     assert "2. **freezeasguard** on fish" in card

@@ -224,9 +224,17 @@ def _of_that_sort(rule: Rule, record: Record) -> bool:
     return all(getattr(rule, name) in (None, record.details.get(name)) for name in ("access", "mode"))
 
 
+OF_ATTACKS = ("asr", "pre_asr", "steps_to_recovery", "similarity", "reference_rate")
+OF_EVALUATIONS = ("rate", "retention", "retention_relative", "clip_score", "frechet_distance")
+
+
 def _failed(rule: Rule, record: Record) -> bool:
     """Whether a measurement that broke is one the rule asks for. It cannot say of what sort it would have been."""
-    return (record.kind == "attack") == (rule.measure in ("asr", "pre_asr", "steps_to_recovery"))
+    pattern = ALIASES.get(rule.measure, rule.measure)
+    of_attack, of_others = (any(fnmatchcase(name, pattern) for name in names) for names in (OF_ATTACKS, OF_EVALUATIONS))
+    of_others = of_others or pattern.startswith("neighbour_rate")
+    # A pattern that is neither's, or both's, may have been meant for this one.
+    return of_attack or not of_others if record.kind == "attack" else of_others or not of_attack
 
 
 def _among(value: str, wanted: str | list[str] | None) -> bool:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from safeweights.cli.evaluate import check_detectors
 from safeweights.core.table import configure, describe, resolve
 from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
+from safeweights.records.record import Kind, Measurement, Record
 from safeweights.release.manifest import hash_input, hash_tensor, write_manifest
 from safeweights.release.output import check_target, output_folder, write_json
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from safeweights.release.recipe import Plan, Step
 
 
+FREEZE: Kind = "freeze"
+PRUNE: Kind = "prune"
 _MADE = ("command", "seed", "inputs", "cost", "seconds", "peak_memory_gb", "versions")
 """What a mask tells of how it was made."""
 
@@ -159,14 +162,14 @@ class Kitchen:
             }
             verdict = None
             if self.plan.suite is not None:
-                audited, verdict = self._audit(out, model, chain)
+                audited, verdict = self._audit(out, model, chain, frozen)
                 result |= {
                     "report": str(target / "report.html"),
                     **{k: v for k, v in audited.items() if k not in ("model", "seconds")},
                 }
             result["release"] = self._release(out.folder, target)
-            self._leave_recipe(out.folder)
             self._write_frozen(out.folder, model, chain, frozen)
+            self._leave_recipe(out.folder)
             _link(out.work / "steps", out.folder / "steps")
             result["seconds"] = round(time.perf_counter() - started, 3)
             write_json(out.folder / "run.json", result)
@@ -220,7 +223,8 @@ class Kitchen:
                     "verb": step.verb, "method": step.method, "concepts": step.concepts, "key": key, "seed": self.seed(step),
                     "command": self.command, "options": {"settings": facts["settings"]}, "inputs": dict(self.hashes),
                     "changed": {name: hash_tensor(tensor) for name, tensor in sorted(tensors.items())},
-                    "frozen": len(facts["frozen"]), "cost": facts["cost"], "seconds": facts["seconds"],
+                    "frozen": len(facts["frozen"]), "partners": facts.get("partners", []),
+                    "cost": facts["cost"], "seconds": facts["seconds"],
                     "peak_memory_gb": facts["peak_memory_gb"], "versions": facts["versions"],
                     **({"mask": facts["mask"]} if facts.get("mask") else {}),
                 }
@@ -252,8 +256,15 @@ class Kitchen:
         concepts = shown(step.concepts)
         own = replace(workspace_in(folder), meter=Meter(model.calls))
         protection = method.protect(model, concepts, retain=self.plan.file.retain, rng=generator(seed), workspace=own, **more)
+        partners: tuple[str, ...] = ()
+        if step.in_weights:
+            from safeweights.freezing.rescale import apply_in_weights
+
+            rewritten, rescaling = apply_in_weights(model, protection.frozen)
+            protection, partners = replace(protection, tensors=rewritten.tensors), rescaling.partners
         return protection, {
-            "settings": describe(method), "frozen": sorted(protection.frozen), "cost": dict(protection.cost),
+            "settings": describe(method), "frozen": sorted(protection.frozen), "partners": list(partners),
+            "cost": dict(protection.cost),
             "seconds": round(time.perf_counter() - started, 3), "peak_memory_gb": peak_memory_gb(), "versions": versions(),
         }  # fmt: skip
 
@@ -332,10 +343,11 @@ class Kitchen:
     ) -> None:
         """``MASK.json`` for the model that is released: what the last freeze step says must not be trained.
 
-        Where several steps freeze, the earlier ones' masks have the step's number.
+        Where several steps freeze, the earlier ones' masks have the step's number. The last one's also lies beside every whole
+        model that leaves the house.
         """
         from safeweights.freezing.guard import shares, unet_shapes
-        from safeweights.records.mask import NAME, Mask, architecture
+        from safeweights.records.mask import NAME, Mask, architecture, with_partners
 
         for number, names in frozen.items():
             step, made = self.plan.recipe.steps[number - 1], chain[number - 1]
@@ -346,7 +358,12 @@ class Kitchen:
                 legal=tuple(step.legal), achieved=shares(frozenset(names), unet_shapes(model)), method=step.method,
                 settings=settings, made={name: made[name] for name in _MADE},
             )  # fmt: skip
-            write_json(folder / (NAME if number == max(frozen) else f"MASK-{number}.json"), mask.as_json())
+            mask = with_partners(mask, made["partners"])
+            last = number == max(frozen)
+            write_json(folder / (NAME if last else f"MASK-{number}.json"), mask.as_json())
+            for place in (folder / "model", folder / "release" / "diffusers") if last else ():
+                if place.is_dir():
+                    write_json(place / NAME, replace(mask, base_sha256=hash_input(place)).as_json())
 
     def cells(self, inputs: Mapping[str, str], sampling: Sampling) -> list[Cell]:
         """The cells of the audit."""
@@ -358,7 +375,9 @@ class Kitchen:
             seed=self.plan.recipe.seed, inputs=inputs, latent_pixels=self.pixels,
         )  # fmt: skip
 
-    def _audit(self, out: Output, model: DiffusionModel, chain: list[dict[str, Any]]) -> tuple[dict[str, Any], Verdict | None]:
+    def _audit(
+        self, out: Output, model: DiffusionModel, chain: list[dict[str, Any]], frozen: Mapping[int, list[str]]
+    ) -> tuple[dict[str, Any], Verdict | None]:
         from safeweights.audit.audit import Names
         from safeweights.audit.suites import Job
         from safeweights.metrics.backbones import default_backbones
@@ -387,7 +406,38 @@ class Kitchen:
         for step in chain:
             for record in protection_records(step, self.plan.file, model=recipe.name, reference=recipe.model):
                 store.add(record)
+        for record in self._maps(out, model, chain, frozen):
+            store.add(record)
         return result, verdict
+
+    def _maps(
+        self, out: Output, model: DiffusionModel, chain: list[dict[str, Any]], frozen: Mapping[int, list[str]]
+    ) -> Iterator[Record]:
+        """For every step that freezes or prunes a record of how much, with a map of where."""
+        from safeweights.records.depth_map import depth_map
+        from safeweights.release.mask_files import MASK, read_mask
+
+        sizes = {name: float(p.numel()) for name, p in model.named_parameters()}
+        for number, (step, made) in enumerate(zip(self.plan.recipe.steps, chain, strict=True), start=1):
+            if number in frozen:
+                what, kind = dict.fromkeys(frozen[number], 1.0), FREEZE
+                whole, said = dict.fromkeys(sizes, 1.0), "Share of tensors that are frozen"
+            elif made.get("mask", {}).get("fill") == "zero":  # noise hides the places, also from readers
+                where = read_mask(out.work / "steps" / made["key"] / MASK).mask.indices
+                what, kind = {name: float(len(places)) for name, places in where.items()}, PRUNE
+                whole, said = sizes, "Share of weights that are pruned"
+            else:
+                continue
+            names = [name for name in whole if name.startswith("unet.")]
+            share = sum(what.values()) / sum(whole[name] for name in names)
+            yield Record(
+                kind=kind, status="ok", model=self.plan.recipe.name, reference=self.plan.recipe.model, method=step.method,
+                concept=", ".join(step.concepts), concept_kind="", attack="", seed=made["seed"],
+                settings={"method": made["options"]["settings"]},
+                measurements=(Measurement(name="masked_share", value=share, n=1, why=""),),
+                details={"plots": [depth_map(what, whole, f"{said}: {step.method}")]},
+                provenance={"inputs": made["inputs"], "versions": made["versions"]},
+            )  # fmt: skip
 
     def _release(self, folder: Path, target: Path) -> dict[str, str]:
         """Every form of the release by ``export``, with a card that shows the records."""

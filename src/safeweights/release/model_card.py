@@ -91,8 +91,15 @@ def _step(found: Mapping[str, Any]) -> dict[str, Any]:
         "method": found["method"], "concepts": concepts if isinstance(concepts, list) else [], "settings": mapping(settings),
         "seed": found.get("seed", 0), "seconds": found.get("seconds"), "cost": mapping(found.get("cost")),
         "changed": len(found["changed"]) if isinstance(found.get("changed"), dict | list) else 0,
-        "frozen": len(found["frozen"]) if isinstance(found.get("frozen"), list) else 0,
+        "frozen": _count(found.get("frozen")),
     }  # fmt: skip
+
+
+def _count(frozen: Any) -> int:
+    """How many tensors a step freezes, told as their names or as their number."""
+    if isinstance(frozen, list):
+        return len(frozen)
+    return frozen if isinstance(frozen, int) and not isinstance(frozen, bool) else 0
 
 
 def evaluations(records: Sequence[Record]) -> str | None:

@@ -42,6 +42,8 @@ class Step(_Part):
     """Settings of the method, as for ``--set``."""
     legal: list[str] = Field(default_factory=list)
     """Of freeze: the concepts that must stay easy to learn."""
+    in_weights: bool = False
+    """Of freeze: also rewrite the weights so that optimisers hardly move what is frozen, as ``freeze apply --in-weights``."""
     seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
     """The recipe's where left out."""
 
@@ -178,6 +180,8 @@ def _checked(recipe: Recipe, path: Path) -> Plan:
         configure(resolve(registry_of(step.verb), step.method, f"method to {step.verb}"), step.settings)
         if step.legal and step.verb != "freeze":
             raise UserError(f"{step.verb}: 'legal' is for freeze")
+        if step.in_weights and step.verb != "freeze":
+            raise UserError(f"{step.verb}: 'in_weights' is for freeze")
         if step.verb == "prune" and not step.method.startswith("p-") and not step.settings.get(PRUNE):
             raise UserError(f"prune: {step.method} does not prune; take p-esd or p-ac, or set '{PRUNE}' in its settings")
     parts = [describe(configure(resolve(registry_of(step.verb), step.method, ""), step.settings)) for step in recipe.steps]
@@ -206,7 +210,7 @@ def chain_key(before: str, step: Step, settings: Mapping[str, Any], *, seed: int
     """SHA-256 of all that decides what a step makes: the key of what it starts from, method, settings, seed and concepts."""
     data = {
         "before": before, "verb": step.verb, "method": step.method, "concepts": step.concepts, "legal": step.legal,
-        "settings": dict(settings), "seed": seed, "inputs": dict(inputs),
+        "settings": dict(settings), "seed": seed, "inputs": dict(inputs), **({"in_weights": True} if step.in_weights else {}),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -41,6 +41,20 @@ def test_every_command_and_option_is_on_the_page(reference: Any) -> None:
             assert f"| `{reference._cell(written)}` |" in section, f"{name}: {written}"
 
 
+def test_every_command_is_shown_with_what_it_prints(reference: Any) -> None:
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    for name, _ in reference.commands():
+        section = page.partition(reference.heading(name) + "\n")[2].partition("\n## ")[0]
+        assert "```console\n$ " in section, f"docs/commands.md shows no output of {name}"
+
+
+def test_no_page_is_a_placeholder() -> None:
+    for path in DOCS.rglob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# "), path
+        assert "@@" not in text, path
+
+
 def test_a_new_command_gets_a_section_and_a_stale_mark_is_an_error(reference: Any) -> None:
     page = reference.fill("# Commands\n")
     assert page.count("## `safeweights ") == len(dict(reference.commands()))

@@ -315,6 +315,39 @@ def test_what_is_built_into_the_unet_beside_frozen_tensors_is_found() -> None:
     assert [(violation.tensor, violation.kind) for violation in found.violations] == [("unet.c.weight", "extra")]
 
 
+@pytest.mark.parametrize("beside", ["lora", "word", "base"])
+@pytest.mark.parametrize("what", ["model.safetensors", "weights.ckpt", "unet/other.bin", "unet/checkpoint-5/model.safetensors"])
+def test_weights_that_nobody_would_look_at_are_refused(
+    base: str, tuned: dict[str, Path], tmp_path: Path, capsys: Any, beside: str, what: str
+) -> None:
+    """A harmless adapter, word or model, and the real fine-tune in the same folder."""
+    folder = tmp_path / "handed-in"
+    shutil.copytree(tuned.get(beside, Path(base)), folder)
+    hidden = folder / what
+    hidden.parent.mkdir(exist_ok=True, parents=True)
+    shutil.copyfile(next((tuned["full"] / "unet").glob("*.safetensors")), hidden)
+    assert run(["freeze", "verify", base, str(folder), str(mask_of(tmp_path / "MASK.json", LAYER))]) == 2
+    error = capsys.readouterr().err.strip()
+    assert what in error
+    assert "\n" not in error
+
+
+def test_every_variant_of_the_unet_is_compared(base: str, tuned: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "handed-in"
+    shutil.copytree(base, folder)
+    mask = mask_of(tmp_path / "MASK.json", LAYER)
+    plain = next((folder / "unet").glob("*.safetensors"))
+    half = plain.with_name("diffusion_pytorch_model.fp16.safetensors")
+    save_file({name: value.half() for name, value in load_file(plain).items()}, half, {"format": "pt"})
+    assert verdict(capsys, base, folder, mask)[0] == 0
+    other = load_file(next((tuned["full"] / "unet").glob("*.safetensors")))
+    save_file({name: value.half() for name, value in other.items()}, half, {"format": "pt"})
+    code, told = verdict(capsys, base, folder, mask)
+    assert code == 1
+    assert told["first"]["tensor"] == f"unet.{LAYER}.weight"
+    assert "fp16" in told["first"]["why"]
+
+
 def test_a_difference_of_a_bias_touches_the_bias(tiny_model: Any) -> None:
     known = [name for name, _ in tiny_model.named_parameters()]
     key = "lora_unet_conv_in.diff_b"

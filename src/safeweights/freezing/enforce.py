@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel
-from safeweights.models.door import header, open_model
+from safeweights.models.door import PICKLED, header, open_model
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # What adapter files call a layer's tensors: peft, diffusers, kohya; DoRA's magnitudes; OFT, LoHa, LoKr and plain differences.
@@ -66,17 +66,21 @@ def verify(
     ``config`` is the base's own diffusers folder where it has one: a single file tells neither its architecture nor its
     tokenizer, and a fine-tune has those of its base. A tensor may differ from the base by the rounding of a whole file to half
     precision. A learnt word touches no tensor.
-    Raises UserError for names the base lacks and for what is neither a model nor an adapter.
+    Every variant of a folder's UNet (fp16, bf16) is compared.
+    Raises UserError for names the base lacks, for what is neither a model nor an adapter, and for a folder that holds further
+    weights which nothing here would look at.
     """
     known = dict(base.named_parameters())
     if strangers := sorted(frozen - set(known)):
         raise UserError(f"the mask freezes {strangers[0]!r}, which the base does not have; it is a mask of another model")
     path = Path(finetuned).expanduser()
+    whole = path.is_dir() and (path / "model_index.json").is_file()
+    if path.is_dir():
+        _check_tree(path, whole=whole)
     adapters = list(_adapter_files(path))
     violations = [
         violation for file in adapters for violation in beside_frozen(header(file)[0], list(known), frozen, str(file.name))
     ]
-    whole = path.is_dir() and (path / "model_index.json").is_file()
     if whole or not adapters:
         if any(_is_word(file) for file in ([path] if path.is_file() else path.glob("*.safetensors"))) and not whole:
             return Compliance(len(frozen), 0, ())
@@ -84,7 +88,11 @@ def verify(
             raise UserError(f"{path} holds neither a model (model_index.json) nor an adapter ({LORA_FILE}); give one of them")
         opened = open_model(finetuned, device=device, config=config if path.is_file() else None)
         found = compare(known, dict(opened.named_parameters()), frozen)
-        return Compliance(found.checked, found.rounded, (*violations, *found.violations))
+        violations += found.violations
+        for variant, tensors in _variants(path / "unet") if whole else ():
+            for other in compare(known, tensors, frozenset(name for name in frozen if name.startswith("unet."))).violations:
+                violations.append(Violation(other.tensor, other.kind, f"{variant}: {other.why}"))
+        return Compliance(found.checked, found.rounded, tuple(dict.fromkeys(violations)))
     return Compliance(len(frozen), 0, tuple(violations))
 
 
@@ -141,6 +149,37 @@ def beside_frozen(
 def is_adapter(names: Sequence[str]) -> bool:
     """Whether tensors of these names are an adapter's, not a model's."""
     return bool(names) and all(ENDINGS.search(name) or OLD_PROCESSOR.search(name) for name in names)
+
+
+def _check_tree(folder: Path, *, whole: bool) -> None:
+    """Raise UserError for a weight file in ``folder`` that is no part of its model, no adapter and no learnt word.
+
+    ``whole``: the folder is a diffusers model, whose parts but the UNet a mask says nothing of.
+    """
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", *PICKLED)):
+        place = file.relative_to(folder)
+        if whole and len(place.parts) > 1 and (folder / place.parts[0] / "config.json").is_file():
+            if place.parts[0] != "unet" or (file.suffix == ".safetensors" and len(place.parts) == 2):
+                continue
+        elif file.suffix == ".safetensors" and len(place.parts) == 1:
+            names, metadata = header(file)
+            if is_adapter([*names]) or _is_word(file) or (file.name == "mask.safetensors" and "mask" in metadata):
+                continue
+        raise UserError(
+            f"{folder} also holds {place}, neither its model's nor an adapter's; verify it alone, or remove it"
+        )
+
+
+def _variants(unet: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of every set of weight files in a UNet's folder, by what the set is called, shards put together."""
+    from safetensors.torch import load_file
+
+    sets: dict[str, list[Path]] = {}
+    for file in sorted(unet.glob("*.safetensors")):
+        sets.setdefault(re.sub(r"-\d{5}-of-\d{5}", "", file.name), []).append(file)
+    # A single set is the model that was opened.
+    for name, files in sets.items() if len(sets) > 1 else ():
+        yield name, {f"unet.{key}": value for file in files for key, value in load_file(file).items()}
 
 
 def _adapter_files(path: Path) -> Iterator[Path]:

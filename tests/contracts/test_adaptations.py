@@ -48,6 +48,12 @@ def drawn(model: Any, states: torch.Tensor) -> torch.Tensor:
     return model.eps(x, torch.tensor([500]), Conditioning(states))
 
 
+def test_lora_preserves_its_class_where_it_is_asked_to(tiny_model: Any) -> None:
+    free, held = adapt(tiny_model, "lora", steps=1), adapt(tiny_model, "lora", steps=1, class_pictures=2, lam=3.0)
+    assert held.losses[0] > free.losses[0]  # the same pictures, and the class beside them
+    assert adapt(tiny_model, "lora", steps=1, class_pictures=2, lam=0.0).losses == free.losses
+
+
 def test_every_adaptation_is_covered() -> None:
     assert set(SHORT) == set(ADAPTATIONS)
 

@@ -21,7 +21,7 @@ from safeweights.freezing.guard import shares, unet_shapes
 FAST: dict[str, Any] = {"pictures": 2, "tune_steps": 2, "batch_size": 1, "ddim_steps": 2, "tune_lr": 1e-3}
 SHORT: dict[str, dict[str, Any]] = {
     "freezeasguard": {**FAST, "rounds": 3, "user_steps": 1},
-    "gradient": {**FAST, "batches": 2},
+    "gradient": {"pictures": 2, "batch_size": 1, "ddim_steps": 2, "batches": 2},
     "one-shot": {**FAST, "batches": 2},
     "random": {},
     "task-vector": FAST,
@@ -34,6 +34,12 @@ def concept(name: str) -> Concept:
 
 
 ILLEGAL, LEGAL = [concept("dog"), concept("truck")], [concept("boat")]
+
+
+@pytest.mark.parametrize(("name", "setting"), [("task-vector", "lam"), ("task-vector", "weights"), ("gradient", "tune_steps")])
+def test_what_plays_no_part_is_refused(name: str, setting: str) -> None:
+    with pytest.raises(UserError, match=f"{setting} plays no part"):
+        configure(resolve(GUARDS, name, "guard"), {setting: {"lam": 3, "weights": [1, 2], "tune_steps": 3}[setting]})
 
 
 def guard(name: str, **settings: Any) -> Any:

@@ -151,6 +151,35 @@ def test_the_private_step_is_the_clipped_mean_without_noise(tiny_model: Any) -> 
     assert any(not torch.equal(again[name], value) for name, value in moved.items())
 
 
+def test_a_private_step_gets_clipped_pictures_over_the_expected_number_and_calibrated_noise(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the optimiser is handed: sum_i g_i min(1, C / |g_i|) / (q N) + N(0, (sigma C / (q N))^2)."""
+    one = lesson(tiny_model, 4)
+    count = len(one.shots)
+    handed: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(dp.AdamW, "step", lambda self, stack, gradients: handed.append(gradients))
+    stack = stack_of([one.adapter.start(tiny_model, one.seed)])
+    draws = rng(3)
+    torch.rand(count, generator=draws)  # who joins: everybody at rate 1
+    batch = dp._batch(one, torch.arange(count), draws)
+    found, _ = dp.per_sample(one, stack, batch, tiny_model.embed(one.captions).states.float())
+    norms = torch.stack([value.flatten(1).square().sum(1) for value in found.values()]).sum(0).sqrt()
+    for clip in (1e9, float(norms.median()), 1e-3):
+        dp.fit_private(one, dp.Privacy(1.0, 1e-5, 0.0, 1.0, 1, clip), lr=1e-2, rng=rng(3))
+        factor = (clip / norms).clamp(max=1)
+        for name, value in found.items():
+            wanted = (value * factor.view(-1, *[1] * (value.dim() - 1))).sum(0) / count
+            assert torch.allclose(handed[-1][name][0], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())), (clip, name)
+    clip, sigma = 0.5, 2.0
+    for amount in (0.0, sigma):
+        dp.fit_private(one, dp.Privacy(1.0, 1e-5, amount, 1.0, 1, clip), lr=1e-2, rng=rng(3))
+    noise = torch.cat([(handed[-1][name] - handed[-2][name]).flatten() for name in found])
+    assert len(noise) > 500
+    assert float(noise.std()) == pytest.approx(sigma * clip / count, rel=0.1)
+    assert abs(float(noise.mean())) < 4 * sigma * clip / count / len(noise) ** 0.5
+
+
 @pytest.mark.parametrize(("pictures", "batch", "steps", "epsilon"), [(5, 1, 200, 10.0), (16, 4, 100, 2.0), (4, 4, 20, 50.0)])
 def test_the_accounted_epsilon_is_opacus(pictures: int, batch: int, steps: int, epsilon: float) -> None:
     from opacus.accountants import RDPAccountant

@@ -111,6 +111,7 @@ def test_an_audit_without_encoders_says_what_it_needs(
     record = gather(tmp_path / "out")[0]
     assert record.kind == "leakage"
     assert {plot["kind"] for plot in record.details["plots"]} == {"line", "bars"}
+    assert data["verdict"] in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_an_audit_with_encoders_asks_them(

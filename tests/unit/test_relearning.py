@@ -247,3 +247,24 @@ def test_adapt_writes_what_its_users_expect(tiny_sd: Any, tmp_path: Path, capsys
     assert not any("to_k" in name for name in json.loads(capsys.readouterr().out)["changed"])
     mask.write_text(json.dumps({"frozen": ["nothing.weight"]}))
     assert run([*lora, "--freeze-mask", str(mask), "-o", str(tmp_path / "other")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "why"),
+    [
+        ("full", ["--class-prompt", "a dog"], "class_pictures above 0"),
+        ("lora", ["--class-prompt", "a dog"], "class_pictures above 0"),
+        ("full", ["--set", "init=zebra"], "unknown setting 'init'"),
+    ],
+)
+def test_what_an_adaptation_would_not_use_is_refused(
+    tiny_sd: Any, tmp_path: Path, capsys: Any, method: str, more: list[str], why: str
+) -> None:
+    from safeweights.cli.main import run
+
+    folder = str(folder_of(tmp_path / "pictures"))
+    given = ["adapt", str(tiny_sd()), "--method", method, "--images", folder, "--prompt", "a dog", "-o", str(tmp_path / "no")]
+    assert run([*given, "--device", "cpu", *more]) == 2
+    error = capsys.readouterr().err.strip()
+    assert why in error
+    assert "\n" not in error

@@ -73,8 +73,8 @@ def command(
             raise UserError("adapt learns from one thing: give either --concept NAME or --images DIR")
         given = parse_settings(settings or ()) | ({"steps": str(steps)} if steps else {})
         # A word to start from is no setting of the method: it is a fact about the pictures.
-        init = given.pop("init", None)
         kind = resolve(ADAPTATIONS, method, "method")
+        init = given.pop("init", None) if method in ("textual-inversion", "custom-diffusion") else None
         if dp_epsilon is not None and method != "lora":
             raise UserError(f"--dp-epsilon works with --method lora only; {method} has no per-picture gradients here")
         if dp_epsilon is not None:
@@ -89,7 +89,9 @@ def command(
                 raise UserError(
                     "--class-prompt has no part in private training, which learns from your pictures only; leave it out"
                 )
-        configure(kind, given)
+        asked = describe(configure(kind, given))
+        if class_prompt and not (asked.get("class_pictures") and asked.get("lam", 1)):
+            raise UserError(f"--class-prompt is of prior preservation; {method} has it with class_pictures above 0 or not at all")
         file = concept_file(concepts_file, model) if concept else None
         aim = pick(file, [concept])[0] if file and concept else None
         mask = read_mask(freeze_mask) if freeze_mask else None

@@ -68,6 +68,7 @@ def audit(
     from safeweights.leakage.audit import audit as run
     from safeweights.models.door import open_model
     from safeweights.records.store import Store
+    from safeweights.report.page import write_report
 
     with speaking(as_json) as show:
         check_target(output, overwrite)
@@ -100,7 +101,8 @@ def audit(
             store = Store(out.folder)
             store.add(_record(found, result, store, files, base, model, chosen, pictures, time.perf_counter() - started))
             write_json(out.folder / "leakage.json", result)
-        show(result, *_lines(found), f"records and pictures: {output}")
+            write_report(out.folder)
+        show(result, *_lines(found), f"report: {output / 'report.html'}")
         return 0 if found.finding.verdict == "not shown" else 1
 
 

@@ -83,6 +83,7 @@ class TaskVector(TunedGuard):
     """
 
     name: ClassVar[str] = "task-vector"
+    UNUSED: ClassVar[tuple[str, ...]] = ("lam", "weights")
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "small": {},
         "paper": {"pictures": 100, "tune_steps": 2000, "tune_lr": 1e-5},
@@ -113,6 +114,7 @@ class Gradient(TunedGuard):
     """
 
     name: ClassVar[str] = "gradient"
+    UNUSED: ClassVar[tuple[str, ...]] = ("lam", "tune_steps", "tune_lr")
 
     batches: int = 16
     """Batches of every concept that the gradient is the mean of; > 0."""

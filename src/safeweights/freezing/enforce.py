@@ -165,9 +165,7 @@ def _check_tree(folder: Path, *, whole: bool) -> None:
             names, metadata = header(file)
             if is_adapter([*names]) or _is_word(file) or (file.name == "mask.safetensors" and "mask" in metadata):
                 continue
-        raise UserError(
-            f"{folder} also holds {place}, neither its model's nor an adapter's; verify it alone, or remove it"
-        )
+        raise UserError(f"{folder} also holds {place}, neither its model's nor an adapter's; verify it alone, or remove it")
 
 
 def _variants(unet: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -182,6 +182,9 @@ class Guard:
 class TunedGuard(Guard):
     """A guard that looks at pictures of the concepts and at how fine-tuning on them moves the weights."""
 
+    UNUSED: ClassVar[tuple[str, ...]] = ()
+    """Settings that play no part in a guard of this kind, and are refused where they are given."""
+
     pictures: int = 16
     """Pictures of each concept, half to fine-tune on and half to judge with; > 1."""
     tune_steps: int = 60
@@ -201,6 +204,9 @@ class TunedGuard(Guard):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        usual = {field.name: field.default for field in fields(self)}
+        if given := [name for name in self.UNUSED if getattr(self, name) != usual[name]]:
+            raise ValueError(f"{given[0]} plays no part in this guard; leave it out")
         if min(self.tune_steps, self.batch_size, self.ddim_steps) < 1 or self.tune_lr <= 0 or self.pictures < 2:
             raise ValueError("tune_steps, batch_size, ddim_steps and tune_lr must be above zero, pictures at least two")
         if self.lam < 0 or any(weight <= 0 for weight in self.weights):

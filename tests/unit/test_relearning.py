@@ -264,6 +264,7 @@ def test_what_an_adaptation_would_not_use_is_refused(
 
     folder = str(folder_of(tmp_path / "pictures"))
     given = ["adapt", str(tiny_sd()), "--method", method, "--images", folder, "--prompt", "a dog", "-o", str(tmp_path / "no")]
+    capsys.readouterr()
     assert run([*given, "--device", "cpu", *more]) == 2
     error = capsys.readouterr().err.strip()
     assert why in error

@@ -81,6 +81,8 @@ def main() -> None:
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the guards that have them")
     parser.add_argument("--label", default="", help="what the tables call a mask with other settings")
+    parser.add_argument("--no-legal", action="store_true", help="learn masks without legal concepts")
+    parser.add_argument("--illegal", type=int, help="learn masks from the first so many illegal concepts; the rest is unseen")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--budget", default="tensors")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -195,16 +197,30 @@ class Bench:
 
     def users(self) -> list[tuple[Concept, str]]:
         """Every concept with the side it is on."""
-        domain = DOMAINS[self.domain]
-        sides = (("illegal", domain.illegal), ("legal", domain.legal))
+        domain, known = DOMAINS[self.domain], self.options.illegal
+        sides = (
+            ("illegal", domain.illegal[:known]),
+            ("unseen", domain.illegal[known:] if known else ()),
+            ("legal", domain.legal),
+        )
         return [(concept_of(kind, term, self.folder), side) for side, listed in sides for kind, term in listed]
+
+    def label(self, name: str) -> str:
+        """What tables and files call a mask."""
+        if name in ("none", *BASELINES):
+            return name
+        told = self.options.label or name
+        if name != "random":  # the only one that looks at no concept
+            told += "-no-legal" if self.options.no_legal else ""
+            told += f"-{self.options.illegal}-illegal" if self.options.illegal else ""
+        return told
 
     def mask(self, name: str) -> frozenset[str]:
         """The names a guard freezes, learnt once."""
         if name in ("none", *BASELINES):
             return frozenset()
         o = self.options
-        label = o.label or name
+        label = self.label(name)
         place = self.folder / "masks" / f"{self.domain}-{label}-{o.ratio}-{o.budget}-{self.seed}.json"
         if not place.is_file():
             place.parent.mkdir(exist_ok=True)
@@ -215,6 +231,7 @@ class Bench:
             sides = self.users()
             began = time.process_time()
             illegal, legal = ([c for c, of in sides if of == side] for side in ("illegal", "legal"))
+            legal = [] if o.no_legal else legal
             protection = guard.protect(start(self.domain), illegal, legal=legal, rng=generator(self.seed), workspace=Workspace())
             facts = {
                 "domain": self.domain, "mask": label, "ratio": o.ratio, "budget": o.budget, "seed": self.seed,
@@ -235,7 +252,7 @@ class Bench:
         """Fine-tune on the user's pictures and judge what the model then draws."""
         o = self.options
         key = {
-            "domain": self.domain, "mask": (o.label or name) if name not in ("none", *BASELINES) else name,
+            "domain": self.domain, "mask": self.label(name),
             "ratio": o.ratio if mask else 0.0, "budget": o.budget if mask else "", "seed": self.seed, "concept": concept.name,
             "side": side, "method": o.method, "lr_scale": scale, "freeze": freeze if mask else "none",
             "power": o.power if freeze != "honoured" and mask else 0, "n": o.n,
@@ -306,6 +323,9 @@ def tables(folder: Path) -> None:
             "illegal rate",
             "cosine",
             "loss",
+            "unseen rate",
+            "cosine",
+            "loss",
             "legal rate",
             "cosine",
             "loss",
@@ -321,10 +341,10 @@ def tables(folder: Path) -> None:
                 for c in mine
                 if (c["mask"], c["ratio"], c["budget"], c["freeze"], c["method"], c["lr_scale"], c["steps"]) == row
             ]
-            told = [_side([cell for cell in own if cell["side"] == side]) for side in ("illegal", "legal")]
+            told = [_side([cell for cell in own if cell["side"] == side]) for side in ("illegal", "unseen", "legal")]
             mask = row[0] if row[0] == "none" else f"{row[0]}, {100 * row[1]:.0f} % of {row[2]}"
             seeds = len({cell["seed"] for cell in own})
-            print(f"| {mask} | {row[3]} | {row[4]} x{row[5]:g} | {row[6]} | {told[0]} | {told[1]} | {seeds} |")
+            print(f"| {mask} | {row[3]} | {row[4]} x{row[5]:g} | {row[6]} | {' | '.join(told)} | {seeds} |")
     masks = [json.loads(path.read_text()) for path in sorted((folder / "masks").glob("*.json"))]
     _stability(masks)
     learned = [mask for mask in masks if mask["mask"] == "freezeasguard"]

@@ -82,6 +82,8 @@ def test_learn_writes_the_mask_the_contract_names(base: str, concepts: Path, tmp
     assert told["frozen"] == written["frozen"]
     assert len(written["base_sha256"]) == 64
     assert read_mask(out).frozen == {f"unet.{name}" for name in written["frozen"]}
+    made = written["made"]["inputs"]
+    assert len(made["images of dog"]) == len(made["images of boat"]) == 64
     # There already; then replaced; the same seed gives the same mask.
     assert run([*learn(base, concepts, out, "--ratio", "0.25")]) == 2
     assert "--overwrite" in capsys.readouterr().err

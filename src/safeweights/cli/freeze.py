@@ -101,6 +101,9 @@ def learn(
             "device": str(opened.device),
             "dtype": str(opened.dtype).removeprefix("torch."),
         }
+        if chosen["reference"] != model and any(concept.images is None for concept in (*banned, *allowed)):
+            # What is drawn follows from who draws, the settings and the seed.
+            inputs["reference"] = hash_of(chosen["reference"], open_model(chosen["reference"], device=device, dtype=dtype))
         with output_file(output, overwrite=overwrite, resume=resume, options={**chosen, "inputs": inputs}) as out:
             say(f"learning which {budget} of {model} to freeze with {method}")
             started = time.perf_counter()

@@ -132,14 +132,22 @@ class Kitchen:
         """A step's own seed, or the recipe's."""
         return self.plan.recipe.seed if step.seed is None else step.seed
 
+    def pictures(self, step: Step) -> dict[str, str | None]:
+        """SHA-256 of the pictures that a step's concepts bring, by concept."""
+        return {c.name: hash_input(c.images) for c in self.plan.pick([*step.concepts, *step.legal]) if c.images}
+
     def keys(self) -> list[str]:
         """For each step the hash of all that decides what it makes."""
         from safeweights.release.recipe import chain_key
 
         before, found = self.hashes["reference"], []
         for step in self.plan.recipe.steps:
-            pictures = {c.name: hash_input(c.images) for c in self.plan.pick([*step.concepts, *step.legal]) if c.images}
-            inputs = {**self.hashes, "images": pictures, "dtype": str(self.base.dtype), "device": self.base.device.type}
+            inputs = {
+                **self.hashes,
+                "images": self.pictures(step),
+                "dtype": str(self.base.dtype),
+                "device": self.base.device.type,
+            }
             before = chain_key(before, step, describe(self.method(step)), seed=self.seed(step), inputs=inputs)
             found.append(before)
         return found
@@ -221,7 +229,8 @@ class Kitchen:
             chain.append(
                 {
                     "verb": step.verb, "method": step.method, "concepts": step.concepts, "key": key, "seed": self.seed(step),
-                    "command": self.command, "options": {"settings": facts["settings"]}, "inputs": dict(self.hashes),
+                    "command": self.command, "options": {"settings": facts["settings"]},
+                    "inputs": {**self.hashes, **{f"images of {name}": digest for name, digest in self.pictures(step).items()}},
                     "changed": {name: hash_tensor(tensor) for name, tensor in sorted(tensors.items())},
                     "frozen": len(facts["frozen"]), "partners": facts.get("partners", []),
                     "cost": facts["cost"], "seconds": facts["seconds"],

@@ -22,13 +22,14 @@ from safeweights.leakage.encoders.functional import Functional, Probe
 from safeweights.leakage.encoders.spectrum import Spectrum
 from safeweights.leakage.encoders.tokens import Tokens
 from safeweights.leakage.encoders.vnae import VNAE
-from safeweights.leakage.factory import Plan, make, shots_of
+from safeweights.leakage.factory import Plan, adapted_of, make, shots_of
 from safeweights.leakage.generator import Taught, reconstruct, slot_of, teach
 from safeweights.leakage.membership import Losses, copied, judge, losses
 from safeweights.leakage.metrics import cosines, retrieval
 from safeweights.leakage.sources import Drawn, Folders
 from safeweights.leakage.train import Encoders, Space, threshold_of
 from safeweights.leakage.verdict import Trust, decide
+from safeweights.release.adapted import save_lora
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -323,6 +324,20 @@ def test_the_factory_resumes(tiny_model: Any, tmp_path: Path) -> None:
     assert tiny_model.calls.eps == calls  # nothing was trained again
     for seed, item in made.items():
         assert all(torch.equal(again[seed].phi[name], value) for name, value in item.phi.items())
+
+
+def test_every_factory_adapter_is_a_peft_file(tiny_model: Any, tmp_path: Path) -> None:
+    plan = Plan(train=2, val=0, test=1, twins=0, nulls=1, images=(2,), steps=(3, 2), checkpoints=(1,), rank=2)
+    made = list(make(tiny_model, Colours(), plan, workspace=Workspace(tmp_path / "work"), together=4))
+    assert len(made) == 4
+    for place, item in enumerate(made):
+        save_lora(adapted_of(plan, item), tmp_path / f"{place}.safetensors")
+        read = keys.read(tmp_path / f"{place}.safetensors", tiny_model)
+        wanted = factors_of(item.phi, plan.adapter().scale)
+        assert (read.layout, set(read.factors)) == ("peft", set(wanted))
+        for name, (a, b) in wanted.items():
+            assert (b @ a).any()
+            assert torch.allclose(read.factors[name][1] @ read.factors[name][0], b @ a, atol=1e-6)
 
 
 def test_drawn_people_look_different_and_folders_are_checked(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_a_failed_cell_fails_its_rules_only() -> None:
     assert not verdict([*RECORDS, broken], measure="asr", max=1, mode="live")[0]
     assert "loss is nan" in verdict([*RECORDS, broken], measure="asr", max=1)[1]
     assert verdict([*RECORDS, broken], measure="retention", min=0.9)[0]
+    assert verdict([*RECORDS, broken], measure="rate", max=1)[0]
+    assert "loss is nan" not in verdict([*RECORDS, broken], measure="neighbour_rate:cat", min=0, use="value")[1]
     assert not verdict([*RECORDS, broken], measure="a*", max=1)[0]
     assert not verdict([*RECORDS, broken], measure="similarity", max=1)[0]
     unjudged = factories.base(kind="evaluate", status="error", error="RuntimeError")

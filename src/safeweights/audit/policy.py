@@ -225,7 +225,7 @@ def _of_that_sort(rule: Rule, record: Record) -> bool:
 
 
 OF_ATTACKS = ("asr", "pre_asr", "steps_to_recovery", "similarity", "reference_rate")
-OF_EVALUATIONS = ("rate", "retention", "retention_relative", "clip_score", "frechet_distance")
+OF_EVALUATIONS = ("concept_rate", "retention", "retention_relative", "clip_score", "frechet_distance")
 
 
 def _failed(rule: Rule, record: Record) -> bool:

@@ -86,7 +86,8 @@ class Bilevel:
     pictures: int = 32
     """Pictures of each concept, half for each level; > 1."""
     retained: int = 64
-    """Pictures of what is retained, drawn once where a weight needs them; > 1."""
+    """Pictures of what is retained, of the prompts in turn, drawn once where a weight needs them: fewer than prompts leave out the
+    last of these; > 1."""
     ddim_steps: int = 20
     """DDIM steps of a drawn picture; > 0."""
     guidance: float = 4.0
@@ -219,11 +220,8 @@ class Game:
         self.retained: tuple[Shots, Shots] | None = None
         if max(method.keep, method.benign, method.self_destruct) > 0:
             rng = generator("immunization retained", seed)
-            prompts = retained_prompts(concepts, retain)
-            # In random order: with fewer pictures than prompts, the first of them must not be all that is held.
-            prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=rng).tolist()]
             kept = drawn_shots(
-                model, prompts, n=method.retained, sampling=sampling, seed=rng.initial_seed(),
+                model, retained_prompts(concepts, retain), n=method.retained, sampling=sampling, seed=rng.initial_seed(),
                 workspace=workspace.child("retained"),
             )  # fmt: skip
             # Only a user who learns them needs pictures of their own.

@@ -86,8 +86,8 @@ class Bilevel:
     pictures: int = 32
     """Pictures of each concept, half for each level; > 1."""
     retained: int = 64
-    """Pictures of what is retained, of the prompts in turn, drawn once where a weight needs them: with fewer than there are prompts
-    the last of these are not held; > 1."""
+    """Pictures of what is retained, of the prompts in turn, drawn once where a weight needs them; fewer than there are prompts
+    leave the last ones out; > 1."""
     ddim_steps: int = 20
     """DDIM steps of a drawn picture; > 0."""
     guidance: float = 4.0

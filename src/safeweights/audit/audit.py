@@ -96,7 +96,7 @@ def audit(
         before.ask(prompts, workspace=workspace, what="reference pictures") if given is None else given[repeated(given, prompts)]
     )
     there = detector.detect(asked).present
-    folder = attackers_pictures(concept, reference)
+    folder = None if attack.access == "prompt" or given is not None else attackers_pictures(concept, reference)
     if attack.access == "prompt" or given is not None:
         shown: list[Any] = [None] * len(prompts)
     elif folder is not None:

@@ -72,9 +72,9 @@ def command(
         if (concept is None) == (images is None):
             raise UserError("adapt learns from one thing: give either --concept NAME or --images DIR")
         given = parse_settings(settings or ()) | ({"steps": str(steps)} if steps else {})
-        # A word to start from is no setting of the method: it is a fact about the pictures.
         kind = resolve(ADAPTATIONS, method, "method")
-        init = given.pop("init", None) if method in ("textual-inversion", "custom-diffusion") else None
+        # A word to start from is no setting of a method that learns one: it is a fact about the pictures.
+        init = given.pop("init", None) if hasattr(kind, "token") else None
         if dp_epsilon is not None and method != "lora":
             raise UserError(f"--dp-epsilon works with --method lora only; {method} has no per-picture gradients here")
         if dp_epsilon is not None:

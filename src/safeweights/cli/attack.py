@@ -12,7 +12,6 @@ import typer
 
 from safeweights.cli import options
 from safeweights.cli.common import (
-    backbones_of,
     check_sampling,
     concept_file,
     names_of,
@@ -60,6 +59,7 @@ def command(
 ) -> None:
     """Attack one concept of a protected model; a detector decides what counts as success."""
     from safeweights.detectors.load import open_detector
+    from safeweights.metrics.backbones import Backbones, default_backbones
     from safeweights.models.door import open_model
     from safeweights.records.store import Store
 
@@ -72,7 +72,8 @@ def command(
         (aim,) = with_detector(file, concept)
         kind = resolve(ATTACKS, method, "attack")
         configure(kind, parse_settings(settings or ()))  # a wrong setting is told before anything is opened
-        embedder = backbones_of(file, None, feature_model).open_features() if kind.access == "weights" else None
+        features = Backbones(features=feature_model or default_backbones(file).features)
+        embedder = features.open_features() if kind.access == "weights" else None
         detector = open_detector(aim.detector, concept=aim, allow_python=allow_python_detectors)
         before = open_model(reference, device=device, dtype=dtype)
         after = open_model(model, device=device, dtype=dtype)

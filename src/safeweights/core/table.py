@@ -153,7 +153,14 @@ def describe(instance: Any) -> dict[str, Any]:
     """Every setting of a method or attack after defaults, as JSON gives it back: lists, no tuples."""
     own = getattr(instance, "describe", None)
     told: dict[str, Any] = own() if callable(own) else dataclasses.asdict(instance)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
+    return {key: _plain(value) for key, value in told.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting for JSON: a tuple as a list, a function by its name."""
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -136,11 +136,6 @@ class AdvUnlearn:
         if min(self.latent_lr, self.latent_radius) <= 0:
             raise ValueError("latent_lr and latent_radius must be above zero")
 
-    def describe(self) -> dict[str, Any]:
-        """All settings; a function by its name."""
-        told = dict(vars(self))
-        return told if self.keep is None else {**told, "keep": getattr(self.keep, "__qualname__", repr(self.keep))}
-
     def protect(
         self,
         model: DiffusionModel,

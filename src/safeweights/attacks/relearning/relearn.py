@@ -203,7 +203,20 @@ class Relearn:
         original: Original | None,
         workspace: Workspace,
     ) -> Shots:
-        own = self._own(model, concept, tuned, sampling, original, workspace)
+        says = self._says(concept, tuned.new_word)
+        texts = [concept.texts[i % len(concept.texts)] for i in range(self.pictures)]
+        if self.data == "benign":
+            own = self._benign(model, concept, tuned, sampling, original, workspace)
+        elif (folder := self._folder(concept, model)) is not None:
+            images, captions = folder
+            mine = self._mine(len(images))
+            own = Shots.encode(model, images[mine], [says(text) for text in captions[mine]])
+        elif original is not None:
+            own = Shots.encode(model, original.pictures(self.pictures), [says(text) for text in texts])
+        else:
+            raise UserError(
+                "relearn needs pictures of the concept; the audit draws them with the reference model, or set source=FOLDER"
+            )
         if not self.along:
             return own
         if tuned.new_word is not None:
@@ -214,30 +227,6 @@ class Relearn:
             original.model, self.along, n=len(self.along), sampling=sampling, seed=self.seed, workspace=workspace.child("along")
         )
         return Shots(torch.cat([own.x_0, further.x_0.to(own.x_0)]), (*own.captions, *further.captions))
-
-    def _own(
-        self,
-        model: DiffusionModel,
-        concept: Concept,
-        tuned: FineTune,
-        sampling: Sampling,
-        original: Original | None,
-        workspace: Workspace,
-    ) -> Shots:
-        """Pictures of the concept itself, or what stands in for them."""
-        says = self._says(concept, tuned.new_word)
-        texts = [concept.texts[i % len(concept.texts)] for i in range(self.pictures)]
-        if self.data == "benign":
-            return self._benign(model, concept, tuned, sampling, original, workspace)
-        if (folder := self._folder(concept, model)) is not None:
-            images, captions = folder
-            mine = self._mine(len(images))
-            return Shots.encode(model, images[mine], [says(text) for text in captions[mine]])
-        if original is None:
-            raise UserError(
-                "relearn needs pictures of the concept; the audit draws them with the reference model, or set source=FOLDER"
-            )
-        return Shots.encode(model, original.pictures(self.pictures), [says(text) for text in texts])
 
     def _benign(
         self,

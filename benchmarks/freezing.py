@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -40,6 +41,7 @@ from safeweights.freezing.rescale import apply_in_weights, level
 from safeweights.metrics.similarity import similarity
 from safeweights.models.door import open_model
 from safeweights.models.vision import Embedder
+from safeweights.records.depth_map import depth_map
 from safeweights.sandbox import world
 from safeweights.sandbox.files import sandbox_concepts, weights_folder
 
@@ -382,43 +384,12 @@ def _stability(masks: Iterable[Mapping[str, Any]]) -> None:
         print(f"| {key[0]} | {key[1]} | {key[2]} of {key[3]} | {told_share} | {jaccard} | {chance} |")
 
 
-GROUPS = {
-    "conv": ("conv",), "feed-forward": (".ff.",), "self-attention": ("attn1",), "cross-attention": ("attn2",),
-    "projections": ("proj_in", "proj_out"), "time": ("time_emb",), "norms": ("norm",),
-}  # fmt: skip
-
-
-def group_of(name: str) -> str:
-    """Which kind of tensor a name is."""
-    if "norm" in name:
-        return "norms"
-    return next((group for group, marks in GROUPS.items() if any(mark in name for mark in marks)), "other")
-
-
-def place_of(name: str) -> str:
-    """Which block a name lies in."""
-    part = name.removeprefix("unet.").split(".")
-    return f"{part[0].removesuffix('_blocks')} {part[1]}" if part[0].endswith("_blocks") else part[0].removesuffix("_block")
-
-
 def depth_plot(masks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The share of frozen tensors by block and kind, over all given masks, as the report draws heatmaps."""
-    names = list(unet_shapes(open_model("sandbox", device="cpu")))
-    order = ["conv_in", "time_embedding", *sorted({place_of(n) for n in names if "down" in n}), "mid"]
-    order += [*sorted({place_of(n) for n in names if n.startswith("unet.up")}), "conv_norm_out", "conv_out"]
-    values = []
-    for place in order:
-        row: list[float | None] = []
-        for group in GROUPS:
-            here = [name for name in names if place_of(name) == place and group_of(name) == group]
-            frozen = [sum(name in set(mask["frozen"]) for name in here) for mask in masks]
-            row.append(sum(frozen) / (len(here) * len(masks)) if here else None)
-        values.append(row)
+    frozen = Counter(name for mask in masks for name in mask["frozen"])
     domains = ", ".join(dict.fromkeys(mask["domain"] for mask in masks))
-    return {
-        "kind": "heatmap", "title": f"Share of tensors the learned masks freeze ({len(masks)} masks, {domains})",
-        "rows": order, "columns": list(GROUPS), "values": values, "unit": "share",
-    }  # fmt: skip
+    whole = dict.fromkeys(unet_shapes(open_model("sandbox", device="cpu")), len(masks))
+    return depth_map(frozen, whole, f"Share of tensors the learned masks freeze ({len(masks)} masks, {domains})")
 
 
 def draw_heatmap(plot: Mapping[str, Any], path: Path) -> None:

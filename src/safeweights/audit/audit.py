@@ -318,13 +318,11 @@ def _read_curve(
 
 def attackers_pictures(concept: Concept, model: DiffusionModel) -> Tensor | None:
     """What attackers have of a concept's own folder, the last half (publishers take the first ones); None without a folder."""
-    from safeweights.diffusion.image_folder import read_folder
+    from safeweights.diffusion.image_folder import read_native
 
     if concept.images is None:
         return None
-    _, height, width = model.latent_shape
-    stride = model.latent_stride
-    images, _ = read_folder(concept.images, width=width * stride, height=height * stride, prompt=concept.term)
+    images, _ = read_native(model, concept.images, prompt=concept.term)
     return images[len(images) // 2 :]
 
 

@@ -270,13 +270,11 @@ def _embedder(encoders: Encoders, folder: Path | None) -> Any:
 def _pictures(model: DiffusionModel, folder: Path | None, prompt: str) -> tuple[Any, Any]:
     """(pictures in [0, 1], encoded shots) of a folder; (None, None) without one."""
     from safeweights.diffusion.adaptation import Shots
-    from safeweights.diffusion.image_folder import read_folder
+    from safeweights.diffusion.image_folder import read_native
 
     if folder is None:
         return None, None
-    _, height, width = model.latent_shape
-    stride = model.latent_stride
-    images, captions = read_folder(folder, width=width * stride, height=height * stride, prompt=prompt or "-")
+    images, captions = read_native(model, folder, prompt=prompt or "-")
     return images, Shots.encode(model, images, captions)
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 from safeweights.core.concept import Concept
 from safeweights.core.model import Conditioning, DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
-from safeweights.diffusion.image_folder import read_folder
+from safeweights.diffusion.image_folder import read_native
 from safeweights.diffusion.latent_bank import Batch, LatentBank, fingerprint
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.retain_set import names
@@ -79,9 +79,7 @@ def draw_pictures(
 def _given(model: DiffusionModel, concept: Concept, *, n: int, noises: int, seed: int) -> LatentBank:
     """A bank as of `draw_pictures`, of the first n pictures of the concept's own folder under their captions."""
     assert concept.images is not None
-    _, height, width = model.latent_shape
-    stride = model.latent_stride
-    images, captions = read_folder(concept.images, width=width * stride, height=height * stride, prompt=concept.term)
+    images, captions = read_native(model, concept.images, prompt=concept.term)
     bank = LatentBank.from_images(model, images[:n], captions[:n], n=noises, rng=generator("forget", seed, concept.name))
     c = embed_all(model, bank.prompts)
     bank.precompute("eps_o", lambda batch: model.eps(batch.x_t, batch.t, c[batch.prompt]))

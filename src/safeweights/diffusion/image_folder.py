@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from safeweights.core.errors import UserError
+from safeweights.core.model import DiffusionModel
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = ("prompt", "text", "caption")
+
+
+def read_native(model: DiffusionModel, folder: str | Path, *, prompt: str) -> tuple[Tensor, list[str]]:
+    """`read_folder` at the size that ``model`` draws natively."""
+    _, height, width = model.latent_shape
+    stride = model.latent_stride
+    return read_folder(folder, width=width * stride, height=height * stride, prompt=prompt)
 
 
 def read_folder(folder: str | Path, *, width: int, height: int, prompt: str | None = None) -> tuple[Tensor, list[str]]:

@@ -15,7 +15,7 @@ from safeweights.core.concept import Concept
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Shots
-from safeweights.diffusion.image_folder import read_folder
+from safeweights.diffusion.image_folder import read_native
 from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.sampling import candidates_of, embed_all, generate, sample_latents
@@ -27,9 +27,7 @@ def concept_shots(
     """n pictures of a concept with captions: the first of its folder, where it has one, else drawn for its prompts."""
     if concept.images is None:
         return drawn_shots(model, concept.texts, n=n, sampling=sampling, seed=seed, workspace=workspace)
-    _, height, width = model.latent_shape
-    stride = model.latent_stride
-    images, captions = read_folder(concept.images, width=width * stride, height=height * stride, prompt=concept.term)
+    images, captions = read_native(model, concept.images, prompt=concept.term)
     return Shots.encode(model, images[:n], captions[:n])
 
 

@@ -17,7 +17,7 @@ from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import ADAPTATIONS, configure, resolve
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Adapted, Shots
-from safeweights.diffusion.image_folder import read_folder
+from safeweights.diffusion.image_folder import read_native
 from safeweights.diffusion.shots import drawn_shots
 from safeweights.records.mask import read_mask
 
@@ -185,10 +185,8 @@ class Relearn:
         """Pictures and captions of the source, or of the concept's own folder."""
         if self.data == "benign" or not (self.source or concept.images):
             return None
-        _, height, width = model.latent_shape
-        size = {"width": width * model.latent_stride, "height": height * model.latent_stride}
         folder = self.source.replace("{concept}", concept.name) or str(concept.images)
-        return read_folder(folder, **size, prompt=concept.term)
+        return read_native(model, folder, prompt=concept.term)
 
     def _mine(self, count: int) -> slice:
         """Which of so many pictures are learnt from: a source's first, the last of a concept's own."""

@@ -36,12 +36,13 @@ from safeweights.detectors.load import open_detector
 from safeweights.diffusion.adaptation import Shots
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.sampling import candidates_of, generate
-from safeweights.freezing.guard import overlap, shares, unet_shapes
+from safeweights.freezing.guard import shares, unet_shapes
 from safeweights.freezing.rescale import apply_in_weights, level
 from safeweights.metrics.similarity import similarity
 from safeweights.models.door import open_model
 from safeweights.models.vision import Embedder
 from safeweights.records.depth_map import depth_map
+from safeweights.records.mask import overlap
 from safeweights.sandbox import world
 from safeweights.sandbox.files import sandbox_concepts, weights_folder
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeweights.freezing.freezeasguard import FreezeAsGuard
-from safeweights.freezing.guard import Budget, blend, overlap, shares, signal
+from safeweights.freezing.guard import Budget, blend, shares, signal
+from safeweights.records.mask import overlap
 
 SHAPES = {"a.weight": (8, 4), "a.bias": (8,), "b.weight": (4, 8), "b.bias": (4,), "norm.weight": (4,), "norm.bias": (4,)}
 

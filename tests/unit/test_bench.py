@@ -28,6 +28,7 @@ from safeweights.cli.main import run as cli
 from safeweights.core.errors import UserError
 from safeweights.core.intervals import wilson
 from safeweights.core.workspace import Workspace
+from safeweights.records.mask import read_mask
 from safeweights.records.record import Doubt, Measurement
 from safeweights.records.store import deterministic
 
@@ -392,6 +393,49 @@ def test_one_concept_of_a_group_is_immunized_and_all_are_attacked(tmp_path: Path
     assert len({cell.model_key for cell in cells}) == 1
     apart = group_of_two(tmp_path, methods=[imma], benign=[], groups=[["emblem"], ["mosaic"]])
     assert {cell.concept for cell in prepare(apart, tmp_path / "out").cells} == {"mosaic"}
+
+
+def test_guards_hand_their_mask_to_those_who_fine_tune(tmp_path: Path) -> None:
+    full = {**RELEARN, "label": "full", "settings": {"adaptation": "full", "steps": 2, "pictures": 2, "images": 2}}
+    guards = [{"name": name, "start": "uce", "together": True} for name in ("random", "xattn")]
+    spec = group_of_two(tmp_path, methods=guards, attacks=[full, "no-attack"], seeds=[0, 1])
+    folder = tmp_path / "out"
+    assert [outcome.said for outcome in measured(spec, folder) if not outcome.ok] == []
+    records = prepare(spec, folder).records()
+    masks = {(r.method, r.seed): frozenset(r.details["frozen"]) for r in records if r.kind == "protect"}
+    assert masks["random", 0] != masks["random", 1]
+    for record in records:
+        settings = record.settings.get("attack", {})
+        if record.attack == "full":
+            assert read_mask(settings["mask"]).frozen == masks[record.method, record.seed]
+            assert read_mask(settings["mask"]).legal == ("harmless",)
+        elif record.attack:
+            assert "mask" not in settings
+    # A lost file is written again; what the guard learnt is kept with the protections.
+    for file in (folder / "masks").iterdir():
+        file.unlink()
+    for file in (folder / "records").glob("*full*"):
+        file.unlink()
+    assert all(outcome.ok for outcome in measured(spec, folder))
+    text = leaderboard(records, methods=["random", "xattn"], concepts=spec.concepts, attacks=["full"], benign=spec.benign)
+    random, attention = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name} | mosaic, emblem")) for name in ("random", "xattn")
+    )
+    assert "| 2 | 0.298 |" in random  # 0.3 of the tiny UNet
+    assert "| 1.00 |" in attention  # every seed freezes the same
+
+
+def test_what_a_guard_leaves_to_be_learnt_decides_its_cells(tmp_path: Path) -> None:
+    guard = [{"name": "random", "together": True}, {"name": "uce", "together": True}]
+    keys = [
+        {
+            cell.method: cell.model_key
+            for cell in prepare(group_of_two(tmp_path, methods=guard, benign=benign), tmp_path / "out").cells
+        }
+        for benign in (["harmless"], [])
+    ]
+    assert keys[0]["random"] != keys[1]["random"]
+    assert keys[0]["uce"] == keys[1]["uce"]
 
 
 def test_likeness_decides_only_the_cells_that_measure_it(tmp_path: Path, sandbox: Path) -> None:

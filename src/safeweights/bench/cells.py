@@ -16,11 +16,13 @@ from safeweights.bench.spec import METHODS, NONE, SANDBOX, AttackEntry, Bench, M
 from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
-from safeweights.core.table import ATTACKS, ERASERS, configure, describe, resolve
+from safeweights.core.table import ATTACKS, ERASERS, GUARDS, configure, describe, resolve
 from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
+from safeweights.records.mask import Mask, architecture
 from safeweights.records.record import Record
 from safeweights.records.store import Store
+from safeweights.release.output import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +66,8 @@ class Cell:
     """The eraser that goes first and its settings after defaults."""
     likeness: Mapping[str, Any] = field(default_factory=dict)
     """How likeness is measured, where not as by default."""
+    legal: tuple[str, ...] = ()
+    """What a guard leaves to be learnt."""
 
     @property
     def title(self) -> str:
@@ -76,7 +80,7 @@ class Cell:
         told = {name: value for name, value in asdict(self).items() if not name.endswith("_given")}
         # What most cells lack is left out, so that records from before it was known stay valid.
         return _digest(
-            {name: value for name, value in told.items() if value or name not in ("group", "only", "start", "likeness")}
+            {name: value for name, value in told.items() if value or name not in ("group", "only", "start", "likeness", "legal")}
         )
 
     @cached_property
@@ -127,6 +131,7 @@ def plan(spec: Bench, model: DiffusionModel, reference_hash: str) -> list[Cell]:
                         "concept": concept.name, "concept_kind": concept.kind, "method": entry.title, "method_name": entry.name,
                         "method_given": given, "seed": seed, "inputs": inputs, "method_settings": {}, "group": group,
                         "only": only, "start": starting(entry),
+                        "legal": tuple(spec.benign) if entry.name in GUARDS else (),
                     }  # fmt: skip
                     if entry.name != NONE:
                         method = configure(resolve(METHODS, entry.name, "method"), given, latent_pixels=pixels)
@@ -272,17 +277,22 @@ class Worker:
                 started = time.perf_counter()
                 method = configure(resolve(METHODS, cell.method_name, "method"), cell.method_given, latent_pixels=self.pixels)
                 concepts = self.file.pick(cell.only or cell.concepts)
+                legal = self.file.pick(cell.legal)
                 if cell.start and "pictures" in cell.method_settings:
-                    concepts = tuple(self._pictured(concept, method.pictures, cell) for concept in concepts)
+                    concepts, legal = (
+                        tuple(self._pictured(concept, method.pictures, cell) for concept in side) for side in (concepts, legal)
+                    )
                 protection = method.protect(
                     start, concepts, retain=self.file.retain, rng=generator(cell.seed),
                     workspace=Workspace(own, meter=Meter(self.model.calls)),
+                    **({"legal": legal} if cell.method_name in GUARDS else {}),
                 )  # fmt: skip
                 tensors = {**tensors, **protection.tensors}
                 facts = {
                     "seconds": time.perf_counter() - started,
                     "peak_memory_gb": peak_memory_gb(),
                     "cost": dict(protection.cost),
+                    **({"frozen": sorted(protection.frozen)} if protection.frozen else {}),
                 }
             # First the weights, then the record: a kill between the two costs nothing.
             self._protections.save(cell.key, tensors, facts)
@@ -293,9 +303,40 @@ class Worker:
             "command": ["safeweights", "bench"], "options": {"settings": dict(cell.method_settings), "start": dict(cell.start)},
             "changed": list(changed), "inputs": dict(cell.inputs), "versions": versions(),
         }  # fmt: skip
+        frozen = list(facts.get("frozen", ()))
+        if frozen:
+            self._mask(cell)
         for record in protection_records(manifest, self.file, model=_model_label(cell), reference=self.spec.model):
-            store.add(record)
-        return f"{len(changed)} tensors"
+            store.add(replace(record, details={**record.details, **self._frozen(frozen)}) if frozen else record)
+        return f"{len(frozen)} tensors frozen" if frozen else f"{len(changed)} tensors"
+
+    def _frozen(self, names: Sequence[str]) -> dict[str, Any]:
+        """What a record says of a mask: its names, its shares and where it lies."""
+        from safeweights.freezing.guard import shares, unet_shapes
+        from safeweights.records.depth_map import depth_map
+
+        shapes, frozen = unet_shapes(self.model), frozenset(names)
+        plot = depth_map(dict.fromkeys(frozen, 1.0), dict.fromkeys(shapes, 1.0), "Share of tensors that are frozen")
+        return {"frozen": names, "frozen_shares": shares(frozen, shapes), "plots": [plot]}
+
+    def _mask(self, cell: Cell) -> Path:
+        """The file of a guard's mask, as somebody who honours it is handed it."""
+        path = self.folder / "masks" / f"{cell.method}-seed-{cell.seed}-{cell.model_key[:12]}.json"
+        if path.is_file():
+            return path
+        kept = self._protections.load(cell.model_key)
+        if kept is None:
+            raise UserError(f"the mask of {cell.title} is gone; delete the record of its protection")
+        settings = cell.method_settings
+        mask = Mask(
+            frozen=frozenset(kept[1]["frozen"]), ratio=settings["ratio"], budget=settings["budget"], method=cell.method_name,
+            illegal=cell.only or cell.concepts, legal=cell.legal, settings=settings, architecture=architecture(self.model),
+            base_sha256=None if cell.start else cell.inputs["reference"],
+            made={"seed": cell.seed, "command": ["safeweights", "bench"]},
+        )  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, mask.as_json())
+        return path
 
     def _start(self, cell: Cell, own: Path) -> tuple[DiffusionModel, dict[str, Tensor], dict[str, Any]]:
         """What a method begins with: a model, the tensors in which it differs from the reference, and what it cost.
@@ -352,7 +393,9 @@ class Worker:
     def _attack(self, cell: Cell, store: CellStore, own: Path) -> str:
         from safeweights.audit.audit import audit
 
-        attack = configure(resolve(ATTACKS, cell.attack_name, "attack"), cell.attack_given, latent_pixels=self.pixels)
+        # Nothing in a guard's model tells it from the start's: who fine-tunes it is taken to honour the mask.
+        mask = {"mask": str(self._mask(cell))} if cell.method_name in GUARDS and cell.attack_name == "relearn" else {}
+        attack = configure(resolve(ATTACKS, cell.attack_name, "attack"), {**cell.attack_given, **mask}, latent_pixels=self.pixels)
         (concept,) = self.file.pick([cell.concept])
         # Checkpoints are the cell's own, pictures are shared by all that look at the same model.
         record = audit(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safeweights.bench.masks import mask_table
 from safeweights.bench.resistance import resistance_table, resistances
 from safeweights.core.intervals import wilson
 from safeweights.records.record import Measurement, Record
@@ -95,6 +96,7 @@ def leaderboard(
     ]
     baselines = baselines or {}
     parts.append(resistance_table(resistances(everything, baselines, concepts=concepts, benign=benign), baselines))
+    parts.append(mask_table(records, methods))
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 

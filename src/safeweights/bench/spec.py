@@ -11,11 +11,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from safeweights.core.concept import Concept, ConceptFile, load_concepts
 from safeweights.core.errors import UserError
-from safeweights.core.table import ATTACKS, ERASERS, IMMUNIZERS, configure, resolve
+from safeweights.core.table import ATTACKS, ERASERS, GUARDS, IMMUNIZERS, configure, resolve
 
 NONE = "none"
 """The method that changes nothing: what the unedited model gives."""
-METHODS = {**ERASERS, **IMMUNIZERS}
+METHODS = {**ERASERS, **IMMUNIZERS, **GUARDS}
 SANDBOX = "sandbox"
 
 
@@ -135,7 +135,8 @@ class Bench(_Part):
     groups: list[Annotated[list[str], Field(min_length=1)]] = Field(default_factory=list)
     """Which concepts methods with ``together`` protect in one model: all of the benchmark's, where left out."""
     benign: list[str] = Field(default_factory=list)
-    """Concepts nobody objects to: attacks that fine-tune also learn these on models that protect ``together``."""
+    """Concepts nobody objects to: attacks that fine-tune also learn these on models that protect ``together``, and guards take
+    them for legal ones."""
     methods: list[Annotated[MethodEntry, BeforeValidator(_entry)]] = Field(min_length=1)
     attacks: list[Annotated[AttackEntry, BeforeValidator(_entry)]] = Field(default_factory=list)
     seeds: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(default_factory=lambda: [0], min_length=1)

@@ -102,12 +102,6 @@ def shares(frozen: frozenset[str], shapes: Mapping[str, Sequence[int]]) -> dict[
     return {"tensors": len(kept) / len(shapes), "parameters": sum(entries[name] for name in kept) / sum(entries.values())}
 
 
-def overlap(first: frozenset[str], second: frozenset[str]) -> float:
-    """Jaccard index of two masks, |A and B| / |A or B|; two random ones of ratio rho expect about rho / (2 - rho)."""
-    together = first | second
-    return len(first & second) / len(together) if together else 1.0
-
-
 def unet_shapes(model: DiffusionModel) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors a mask may freeze: every parameter of the denoiser by name."""
     wanted = set(select(model.named_parameters(), "full"))

@@ -75,6 +75,12 @@ class Mask:
             raise UserError(f"{file} was made for a UNet of other shapes; learn a mask for this model with 'freeze learn'")
 
 
+def overlap(first: frozenset[str], second: frozenset[str]) -> float:
+    """Jaccard index of two masks, |A and B| / |A or B|; two random ones of ratio rho expect about rho / (2 - rho)."""
+    together = first | second
+    return len(first & second) / len(together) if together else 1.0
+
+
 def read_mask(path: str | Path) -> Mask:
     """Read a mask file; only ``frozen`` is required, with or without ``unet.`` before the names.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from torch.nn import functional as F
 from safeweights.core.intervals import bootstrap_mean, wilson
 from safeweights.core.model import Conditioning, Sampling
 from safeweights.core.workspace import Workspace
-from safeweights.diffusion.adaptation import Lesson, Shots, fit
+from safeweights.diffusion.adaptation import Lesson, Shots, fit, twice_differentiable
 from safeweights.diffusion.sampling import embed_all
 from safeweights.leakage import controls, defences, dp
-from safeweights.leakage.canonical import factors_of
+from safeweights.leakage.canonical import Factors, factors_of
 from safeweights.leakage.encoders import ridge
+from safeweights.leakage.encoders.functional import Functional
 from safeweights.leakage.encoders.gram import Gram
 from safeweights.leakage.encoders.tokens import Tokens
 from safeweights.leakage.encoders.vnae import VNAE
-from safeweights.leakage.factory import HELD, Plan, shots_of
+from safeweights.leakage.factory import HELD, Made, Plan, shots_of
 from safeweights.leakage.lora_bank import fit_bank
+from safeweights.leakage.matching import Matching, mismatch, sides
 from safeweights.leakage.membership import Losses, judge, losses
 from safeweights.leakage.metrics import Retrieval, copy_scores, cosines, holm, retrieval
 from safeweights.leakage.sources import Drawn
@@ -40,7 +42,10 @@ from safeweights.models.door import open_model
 from safeweights.models.vision import Embedder
 from safeweights.sandbox.files import weights_folder
 
-STAGES = ("encoders", "pictures", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "vnae")
+STAGES = (
+    "encoders", "pictures", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "vnae", "matching",
+    "frontier",
+)  # fmt: skip
 
 
 class Bench:
@@ -172,31 +177,32 @@ def kernels(bench: Bench) -> dict[str, Any]:
 
 def membership(bench: Bench) -> dict[str, Any]:
     """Training pictures against held-out ones of the same person, and other people's; without and with the trigger word."""
-    _, population = bench.everything()
-    made = population.of("test")[: bench.options.members]
-    model, result = bench.model, {}
-    for prompt in ("class", "trigger"):
-        inside: list[Losses] = []
-        outside: dict[str, list[Losses]] = {"same person": [], "other people": []}
-        for i, item in enumerate(made):
-            c = model.embed([item.entry.caption if prompt == "trigger" else prompt_of(bench.source)])
-            other = made[(i + 1) % len(made)].entry.identity
-            pictures = torch.cat([bench.source.pictures(item.entry.identity, 0, HELD), bench.source.pictures(other, 0, HELD)])
-            x_0 = torch.cat([shots_of(model, bench.source, item.entry).x_0, Shots.encode(model, pictures, ["-"]).x_0])
-            found = losses(model, factors_of(item.phi), x_0, c, levels=4)
-            cut = [item.entry.images, HELD, HELD]
-            parts = [Losses(a, b) for a, b in zip(found.base.split(cut), found.adapted.split(cut), strict=True)]
-            inside.append(parts[0])
-            outside["same person"].append(parts[1])
-            outside["other people"].append(parts[2])
-        for name, others in outside.items():
-            test = judge(inside, others)
-            result[f"{prompt} prompt, against {name}"] = {
-                **asdict(test),
-                "tpr": test.tpr,
-                "tpr_interval": wilson(test.hits, test.members),
-            }
-    return result
+    made = bench.everything()[1].of("test")[: bench.options.members]
+    items = [factors_of(item.phi) for item in made]
+    return {f"{prompt} prompt, {name}": test for prompt in ("class", "trigger")
+            for name, test in members(bench, made, items, prompt).items()}  # fmt: skip
+
+
+def members(bench: Bench, made: Sequence[Made], items: Sequence[Factors], prompt: str) -> dict[str, Any]:
+    """The membership test on what became of these adapters, against two kinds of others."""
+    model = bench.model
+    inside: list[Losses] = []
+    outside: dict[str, list[Losses]] = {"same person": [], "other people": []}
+    for i, (item, factors) in enumerate(zip(made, items, strict=True)):
+        c = model.embed([item.entry.caption if prompt == "trigger" else prompt_of(bench.source)])
+        other = made[(i + 1) % len(made)].entry.identity
+        pictures = torch.cat([bench.source.pictures(item.entry.identity, 0, HELD), bench.source.pictures(other, 0, HELD)])
+        x_0 = torch.cat([shots_of(model, bench.source, item.entry).x_0, Shots.encode(model, pictures, ["-"]).x_0])
+        found = losses(model, factors, x_0, c, levels=4)
+        cut = [item.entry.images, HELD, HELD]
+        parts = [Losses(a, b) for a, b in zip(found.base.split(cut), found.adapted.split(cut), strict=True)]
+        inside.append(parts[0])
+        outside["same person"].append(parts[1])
+        outside["other people"].append(parts[2])
+    tests = {f"against {name}": judge(inside, others) for name, others in outside.items()}
+    return {
+        name: {**asdict(test), "tpr": test.tpr, "tpr_interval": wilson(test.hits, test.members)} for name, test in tests.items()
+    }
 
 
 def arms(bench: Bench) -> dict[str, Any]:
@@ -218,6 +224,13 @@ def arms(bench: Bench) -> dict[str, Any]:
     drawn: dict[str, torch.Tensor] = {}
     for name, texts in prompts.items():
         drawn[name] = controls.draw_with(model, adapters, embed_all(model, texts).states, sampling=sampling)
+    letters = torch.Generator().manual_seed(11)
+    guesses = [
+        bench.source.template.format("".join(chr(97 + int(i)) for i in torch.randint(26, (5,), generator=letters)))
+        for _ in range(bench.options.guesses)
+    ]
+    texts = controls.guessed_prompts(model, adapters, guesses)
+    drawn["guessed prompt"] = controls.draw_with(model, adapters, embed_all(model, texts).states, sampling=sampling)
     drawn["random z"] = controls.draw_with(model, adapters, found.slot(noise), sampling=sampling, uncond=empty)
     drawn["encoder's z (D-dep)"] = controls.draw_with(model, adapters, slot, sampling=sampling, uncond=empty)
     for name, pictures in drawn.items():
@@ -260,26 +273,108 @@ def defended(bench: Bench) -> dict[str, Callable[[Any], Any]]:
 
 
 def defences_(bench: Bench) -> dict[str, Any]:
-    """Utility (the subject drawn with the true trigger) against what the encoders read, also refitted on defended adapters."""
+    """Utility (the subject drawn with the true trigger) against what encoders read, also refitted on defended adapters, and
+    against membership."""
     found, population = bench.everything()
     made, judged = population.of("test"), population.of("test")[: bench.options.drawn]
-    targets = found.space(population.embeddings("train"))
+    asked = population.of("test")[: bench.options.defended_members]
+    known, targets = population.of("train"), found.space(population.embeddings("train"))
     own = list(range(len(made)))
     result = {}
     for name, defend in defended(bench).items():
-        items = [defend(item) for item in made]
-        said = found.functional.predict(found.probe.ask(bench.model, items)).float()
-        adaptive = Gram.fit([defend(item) for item in population.of("train")], targets, kinds=("cosine",)).predict(items).float()
-        pictures = controls.draw_with(
-            bench.model, items[: len(judged)], embed_all(bench.model, [item.entry.caption for item in judged]).states,
-            sampling=Sampling(steps=8, guidance_scale=2.0),
-        )  # fmt: skip
+        kept = bench.out / "defences" / f"{name}.json"
+        if kept.is_file():
+            result[name] = json.loads(kept.read_text())
+            continue
+        items, learnt = [defend(item) for item in made], [defend(item) for item in known]
+        answers = found.probe.ask(bench.model, items)
+        said = {
+            "functional": found.functional.predict(answers),
+            # Attackers who know the defence train on adapters that had it.
+            "functional, refitted on defended": Functional.fit(found.probe.ask(bench.model, learnt), targets).predict(answers),
+            "gram, refitted on defended": Gram.fit(learnt, targets, kinds=("cosine",)).predict(items),
+        }
+        states = embed_all(bench.model, [item.entry.caption for item in judged]).states
+        pictures = controls.draw_with(bench.model, items[: len(judged)], states, sampling=Sampling(steps=8, guidance_scale=2.0))
         utility = retrieval(cosines(bench.features(pictures), found.gallery), own[: len(judged)], permutations=200)
         result[name] = {
-            "utility": told(utility), "functional": told(retrieval(cosines(said, found.gallery), own, permutations=200)),
-            "gram, refitted on defended": told(retrieval(cosines(adaptive, found.gallery), own, permutations=200)),
+            "utility": told(utility),
+            **{what: told(retrieval(cosines(rows.float(), found.gallery), own, permutations=200)) for what, rows in said.items()},
+            "membership": members(bench, asked, items[: len(asked)], "class"),
+        }
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(result[name]))
+        print(f"{name}: utility {utility.rank:.3f}", flush=True)
+    return result
+
+
+def frontier(bench: Bench) -> dict[str, Any]:
+    """What the defences and private training leave of utility against what they let through, as a picture."""
+    known = {name: json.loads((bench.out / f"{name}.json").read_text()) for name in ("defences", "private")}
+    points: dict[str, list[dict[str, Any]]] = {"leakage": [], "membership": []}
+    for stage, rows in known.items():
+        for name, row in rows.items():
+            if not isinstance(row, dict):
+                continue
+            best = max(value["rank"] for what, value in row.items() if what.startswith(("functional", "gram")))
+            label = f"DP-SGD, {name}" if stage == "private" else name
+            points["leakage"].append({"name": label, "x": row["utility"]["rank"], "y": best})
+            points["membership"].append(
+                {"name": label, "x": row["utility"]["rank"], "y": row["membership"]["against same person"]["auc"]}
+            )
+    labels = {
+        "leakage": "best encoder that knows the defence: rank", "membership": "membership, same person: AUC",
+    }  # fmt: skip
+    plots = [
+        {"kind": "scatter", "title": f"Utility against {what}", "x": {"label": "utility: rank under the true trigger"},
+         "y": {"label": labels[what]}, "points": found}
+        for what, found in points.items()
+    ]  # fmt: skip
+    (bench.out / "frontier.json").write_text(json.dumps(plots))
+    return {"plots": plots}
+
+
+def matching(bench: Bench) -> dict[str, Any]:
+    """Gradient matching: what its dummies show, what they reach of the objective, and what the truth itself would reach."""
+    found, population = bench.everything()
+    made = population.of("test")[: bench.options.matched]
+    own, model, result = list(range(len(made))), bench.model, {}
+    for merged in (False, True):
+        settings = Matching(pictures=2, noises=2, steps=bench.options.matching_steps, merged=merged)
+        drawn, reached, truth, before = [], [], [], []
+        for start in range(0, len(made), 4):
+            group = made[start : start + 4]
+            items = [factors_of(item.phi) for item in group]
+            place = bench.work.child(f"matching-{merged}-{start}")
+            kept = place.load("done")
+            if kept is None:
+                x_0, values = settings.invert(model, items, prompt_of(bench.source), workspace=place)
+                kept = {"x_0": x_0, "values": values}, {}
+                place.save("done", *kept)
+            drawn.append(torch.stack([model.decode(rows).float().cpu() for rows in kept[0]["x_0"]]))
+            reached += kept[0]["values"].tolist()
+            x_0 = torch.stack([shots_of(model, bench.source, item.entry).x_0[:2] for item in group])
+            states = embed_all(model, [item.entry.caption for item in group]).states
+            noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
+            blank = embed_all(model, [prompt_of(bench.source)] * len(group)).states
+            for into, pictures, words in ((truth, x_0, states), (before, noise, blank)):
+                for draw in range(4):
+                    rng = torch.Generator().manual_seed(draw)
+                    t = torch.randint(len(model.alpha), (4,), generator=rng)
+                    eps = torch.randn(4, *model.latent_shape, generator=rng)
+                    with twice_differentiable():
+                        found_ = mismatch(model, *sides(items, merged=merged), pictures, words, t, eps)
+                    into += found_.detach().tolist()
+        features = bench.features(torch.cat(drawn).clamp(0, 1))
+        result["updates alone" if merged else "factors"] = {
+            **told(retrieval(cosines(features, found.gallery), own)), "settings": asdict(settings),
+            "objective": {"start": _mean(before), "reached": _mean(reached), "the training pictures and captions": _mean(truth)},
         }  # fmt: skip
     return result
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": sum(values) / len(values), "interval": bootstrap_mean(list(values)), "n": len(values)}
 
 
 def tokens(bench: Bench) -> dict[str, Any]:
@@ -345,6 +440,7 @@ def private(bench: Bench) -> dict[str, Any]:
             "accounted": privacy.epsilon, "sigma": privacy.sigma,
             "utility": told(retrieval(cosines(bench.features(pictures), found.gallery), own)),
             "functional": told(retrieval(cosines(said, found.gallery), own)),
+            "membership": members(bench, made, items, "class"),
         }  # fmt: skip
     return result
 
@@ -382,7 +478,8 @@ def main() -> None:
     for name, value in (
         ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 100), ("generator-steps", 800), ("generator-people", 1000),
         ("members", 40),
-        ("drawn", 40), ("token-steps", 300), ("private", 20), ("vnae-steps", 400),
+        ("drawn", 40), ("token-steps", 300), ("private", 20), ("vnae-steps", 400), ("guesses", 16), ("matched", 24),
+        ("matching-steps", 100), ("defended-members", 16),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from adapters import adapters_like
 from safeweights.core.model import Conditioning
-from safeweights.diffusion.adaptation import ATTENTION, Adapter, Lesson, Shots, errors, fit
+from safeweights.diffusion.adaptation import ATTENTION, Adapter, Lesson, Shots, errors, fit, twice_differentiable
+from safeweights.diffusion.noise import add_noise
 from safeweights.leakage import defences, dp
 from safeweights.leakage.canonical import canonical, effective_rank, factors_of, norm, phi_of
 from safeweights.leakage.encoders import ridge
 from safeweights.leakage.encoders.gram import Gram, gram, products
 from safeweights.leakage.encoders.vnae import kl
 from safeweights.leakage.lora_bank import bank_on, fit_bank, stack_of
+from safeweights.leakage.matching import Matching, mismatch, sides
 from safeweights.leakage.metrics import auc, copy_scores, holm, percentile_ranks, permutation_p, retrieval, tpr_at
 
 
@@ -307,3 +309,56 @@ def test_permutations_count_as_one_by_one() -> None:
     observed, draw = float(percentile_ranks(scores, own).mean()), np.random.default_rng(1)
     plain = [float(percentile_ranks(scores, draw.permutation(own)).mean()) >= observed - 1e-12 for _ in range(3000)]
     assert permutation_p(scores, own, permutations=20_000) == pytest.approx(sum(plain) / len(plain), abs=0.04)
+
+
+def one_step_of_sgd(model: Any, x_0: Tensor, text: str, t: Tensor, eps: Tensor, *, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors that LoRA has after one step from B = 0 on these very pictures, times and noises; by plain autograd."""
+    adapter = Adapter(targets=ATTENTION, rank=2)
+    phi = {name: value.clone().requires_grad_() for name, value in adapter.start(model, seed).items()}
+    with adapter.on(model, phi):
+        predicted = model.eps(add_noise(model, x_0, t, eps), t, model.embed([text]))
+    loss = (predicted - eps).square().mean()
+    slopes = dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
+    return factors_of({name: (value - 0.1 * slopes[name]).detach() for name, value in phi.items()})
+
+
+def test_gradient_matching_is_zero_at_the_truth(tiny_model: Any) -> None:
+    """Two adapters in one pass, each of its own pictures and words; the factors' start is anything."""
+    t, eps = torch.tensor([200, 700]), torch.randn(2, *tiny_model.latent_shape, generator=rng(9))
+    x_0 = torch.randn(2, 2, *tiny_model.latent_shape, generator=rng(8))
+    texts = ("a dog", "a red cat")
+    made = [one_step_of_sgd(tiny_model, x_0[i], text, t, eps, seed=i) for i, text in enumerate(texts)]
+    states = torch.cat([tiny_model.embed([text]).states for text in texts]).detach()
+    with twice_differentiable():
+        right = mismatch(tiny_model, *sides(made), x_0, states, t, eps)
+        swapped = mismatch(tiny_model, *sides(made), x_0.flip(0), states.flip(0), t, eps)
+    assert right.abs().max() < 1e-5
+    assert swapped.min() > 0.01
+    turn = torch.tensor([[2.0, 0.7], [-0.4, 1.5]])
+    turned = [{name: (torch.linalg.inv(turn) @ a, b @ turn) for name, (a, b) in item.items()} for item in made]
+    for ours, theirs in zip(sides(made, merged=True)[0].values(), sides(turned, merged=True)[0].values(), strict=True):
+        assert torch.allclose(ours.mT @ ours, theirs.mT @ theirs, atol=1e-4)
+
+
+def test_gradient_matching_descends_its_own_objective(tiny_model: Any) -> None:
+    """The slope in the dummies against central differences (in the reference code they have none), and a descent."""
+    t, eps = torch.tensor([300, 600]), torch.randn(2, *tiny_model.latent_shape, generator=rng(7))
+    truth = torch.randn(2, *tiny_model.latent_shape, generator=rng(6))
+    made = [one_step_of_sgd(tiny_model, truth, "a dog", t, eps, seed=4)]
+    states = tiny_model.embed(["a dog"]).states.detach()
+    start = torch.randn(1, 2, *tiny_model.latent_shape, generator=rng(5))
+
+    def value(x_0: Tensor) -> Tensor:
+        with twice_differentiable():
+            return mismatch(tiny_model, *sides(made), x_0, states, t, eps).sum()
+
+    dummy = start.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(value(dummy), dummy)
+    way = slope / slope.norm()
+    numeric = (value(start + 0.05 * way) - value(start - 0.05 * way)) / 0.1
+    assert float(numeric.detach()) == pytest.approx(float((slope * way).sum()), rel=0.05)
+    short = [Matching(pictures=2, noises=1, steps=steps, lr=0.1).invert(tiny_model, made, "a boat") for steps in (1, 25)]
+    assert short[0][0].shape == (1, 2, *tiny_model.latent_shape)
+    assert short[1][1] < short[0][1] - 0.02
+    both = Matching(pictures=2, noises=1, steps=3).invert(tiny_model, made * 2, "a boat")
+    assert torch.allclose(both[0][0], both[0][1], atol=1e-5)

@@ -46,6 +46,8 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         generator_steps=2,
         pictures_each=2,
         drawing_steps=2,
+        also=("tokens", "vnae"),
+        also_steps=2,
         workspace=Workspace(folder / "w"),
     )
     # The generator also learns from people without adapters, and from nobody who judges it.
@@ -54,7 +56,7 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spare = taught[1]["spare"]
     assert spare == list(range(14, len(Colours())))
     assert (len(taught[0]["x_0"]), len(taught[0]["features"])) == (2 * (10 + len(spare)), len(spare))
-    assert {known.encoder for known in found.trusts} == {"functional", "gram", "spectrum"}
+    assert {known.encoder for known in found.trusts} == {"functional", "gram", "spectrum", "tokens", "vnae"}
     assert all(arm.found.rank == 0.5 for arm in judged["functional"].direct_arms if arm.name == "prior mean")
     # Both paths have their controls, and the false alarms are known by kind of null.
     assert {arm.name for arm in judged["functional"].drawn_arms} < {arm.name for arm in judged["functional"].direct_arms}
@@ -71,6 +73,17 @@ def encoders(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in found.names:
         assert torch.allclose(again.predict(name, tiny_model, item), found.predict(name, tiny_model, item), atol=1e-2), name
     assert again.trusts == found.trusts
+    # Encoders trained by descent are kept whole, and read adapters of other ranks and layers.
+    layers = list(item[0])
+    odd = [{name: (torch.cat([a, a]), torch.cat([b, b], 1) / 2) for name, (a, b) in item[0].items()}]
+    fewer = [{layers[0]: item[0][layers[0]]}]
+    for name in ("tokens", "vnae"):
+        for asked in (item, odd, fewer):
+            assert torch.equal(again.predict(name, tiny_model, asked), found.predict(name, tiny_model, asked)), name
+        assert not torch.allclose(found.predict(name, tiny_model, fewer), found.predict(name, tiny_model, item))
+        arms = {arm.name: arm.found for arm in judged[name].direct_arms}
+        assert {"permuted pairs", "nearest training identity", "norms made equal"} <= set(arms)
+        assert arms["permuted pairs"].ranks != judged[name].direct.ranks
     return folder / "out"
 
 
@@ -123,7 +136,7 @@ def test_an_audit_with_encoders_asks_them(
     )  # fmt: skip
     assert code == (0 if data["verdict"] == "not shown" else 1)
     assert {len(values) for values in data["answers"].values()} == {2}
-    assert set(data["answers"]) == {"spectrum", "gram", "functional"}
+    assert set(data["answers"]) == {"spectrum", "gram", "functional", "tokens", "vnae"}
     assert len(gather(tmp_path / "out")[0].artefacts) == 8
 
 
@@ -188,6 +201,8 @@ def test_bad_audits_end_with_one_line(
 def test_train_for_another_base_says_what_it_needs(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     assert run(["leakage", "train", "--base", str(tiny_sd()), "-o", str(tmp_path / "out")]) == 2
     assert "--images DIR" in capsys.readouterr().err
+    assert run(["leakage", "train", "--base", "sandbox", "--also", "tokens", "--also", "gan", "-o", str(tmp_path / "out")]) == 2
+    assert "unknown encoder 'gan'; besides the closed forms there are tokens, vnae" in capsys.readouterr().err
     assert run(["leakage", "train", "--base", "sandbox", "--prompt", "no slot", "-o", str(tmp_path / "out")]) == 2
     assert "{}" in capsys.readouterr().err
     given = ["--images", str(tmp_path), "--embedder", "none"]

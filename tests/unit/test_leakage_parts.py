@@ -408,6 +408,16 @@ def test_encoders_learn_what_is_there(tiny_model: Any) -> None:
     assert blind.predict(test).shape == (6, 1)
 
 
+def test_the_guessed_prompt_is_the_one_that_moves_most(tiny_model: Any) -> None:
+    """An adapter that listens to one direction of the text only is guessed by the text that has most of it."""
+    texts = ["a dog", "a red cat", "a boat"]
+    items = [random_lora(tiny_model, seed=seed) for seed in (1, 2)]
+    guesses = controls.guessed_prompts(tiny_model, items, texts, levels=(0.5,), inputs=1)
+    for item, guess in zip(items, guesses, strict=True):
+        moved = [float(Probe(text, levels=(0.5,), inputs=1).ask(tiny_model, [item]).norm()) for text in texts]
+        assert guess == texts[moved.index(max(moved))]
+
+
 @pytest.mark.parametrize(("victim", "timestep"), [(False, True), (True, False)])
 def test_the_network_autoencoder_trains_every_term(tiny_model: Any, victim: bool, timestep: bool) -> None:
     items, hidden = told_apart(tiny_model, 6)

@@ -142,6 +142,11 @@ def train(
             "--generator-people", min=0, help="People without adapters that teach the generator too, where there are any."
         ),
     ] = 1000,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", help="Encoders besides the closed forms: tokens, or vnae (the paper's); repeat for both."),
+    ] = None,
+    also_steps: Annotated[int, typer.Option("--also-steps", min=1, help="Steps that train each of those.")] = 400,
     together: Annotated[int, typer.Option("--together", min=1, help="Adapters trained at once.")] = 16,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -151,6 +156,7 @@ def train(
     as_json: options.Json = False,
 ) -> None:
     """Train adapters of known people, and from them the encoders that `leakage audit` uses. Some 80 minutes for the sandbox."""
+    from safeweights.leakage import learned
     from safeweights.leakage.factory import HELD, Plan
     from safeweights.leakage.sources import Drawn, Folders, Source
     from safeweights.leakage.train import train as run
@@ -163,6 +169,7 @@ def train(
             raise UserError("--null-images goes with --images; without it, styles and objects are drawn")
         if prompt.count("{}") != 1:
             raise UserError("--prompt must hold {} once, where the trigger word goes")
+        more = learned.check(also or ())
         own = is_sandbox(base)
         if images is None and not own:
             raise UserError(
@@ -193,12 +200,14 @@ def train(
             "base": base, "images": str(images) if images else None, "prompt": prompt, "embedder": name, "plan": asdict(plan),
             "null_images": str(null_images) if null_images else None,
             "generator_steps": generator_steps, "generator_people": generator_people, "together": together,
+            **({"also": list(more), "also_steps": also_steps} if more else {}),
             "inputs": {"base": hash_of(base, model)},
         }  # fmt: skip
         with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
             encoders, _, judged = run(
                 model, source, plan, judge, embedder_name=name if embedder else "../embedder",
-                generator_steps=generator_steps, generator_people=generator_people,
+                generator_steps=generator_steps, generator_people=generator_people, also=more,
+                also_steps=also_steps,
                 workspace=workspace_in(out.work), together=together,
             )  # fmt: skip
             # The sandbox's own embedder goes without saying: where it lies is this machine's business.

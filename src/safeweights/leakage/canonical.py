@@ -60,6 +60,23 @@ def phi_of(factors: Factors) -> dict[str, Tensor]:
     return {f"lora/{name}/{end}": part for name, pair in factors.items() for end, part in zip(("down", "up"), pair, strict=True)}
 
 
+Shapes = Mapping[str, tuple[int, int]]
+"""(in, out) of the weights that factors stand beside, by name."""
+
+
+def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
+    """The shape of every layer's update."""
+    return {name: (a.shape[1], b.shape[0]) for name, (a, b) in factors.items()}
+
+
+def completed(factors: Factors, shapes: Shapes) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of just these layers: a layer that the adapter leaves alone has an update of zero."""
+    return {
+        name: factors[name] if name in factors else (torch.zeros(1, width), torch.zeros(out, 1))
+        for name, (width, out) in shapes.items()
+    }
+
+
 def norm(a: Tensor, b: Tensor) -> float:
     """|| B A ||_F without forming it."""
     return float(((b.double().mT @ b.double()) * (a.double() @ a.double().mT)).sum().clamp(min=0).sqrt())

@@ -17,6 +17,7 @@ from safeweights.diffusion.noise import generator
 from safeweights.diffusion.sampling import sample
 from safeweights.leakage.canonical import Factors, norm, phi_of
 from safeweights.leakage.encoders import ridge
+from safeweights.leakage.encoders.functional import Probe
 from safeweights.leakage.lora_bank import bank_on, stack_of
 from safeweights.leakage.metrics import Retrieval, cosines, percentile_ranks, retrieval
 
@@ -77,8 +78,12 @@ def permuted_pairs(
 
 def permuted_answers(kernel: Tensor, cross: Tensor, targets: Tensor, *, time: int = 0, seed: int = 0) -> Tensor:
     """What one refit of `permuted_pairs`, the ``time``-th, says (m, D)."""
-    order = torch.randperm(len(targets), generator=generator("permuted pairs", seed, time))
-    return ridge.fit(kernel, targets[order]).predict(cross)
+    return ridge.fit(kernel, targets[exchanged(len(targets), time=time, seed=seed)]).predict(cross)
+
+
+def exchanged(count: int, *, time: int = 0, seed: int = 0) -> Tensor:
+    """Whose target each of ``count`` training adapters has in the ``time``-th refit on permuted pairs."""
+    return torch.randperm(count, generator=generator("permuted pairs", seed, time))
 
 
 def norm_equalised(adapters: Sequence[Factors]) -> list[dict[str, tuple[Tensor, Tensor]]]:
@@ -124,6 +129,27 @@ def draw_with(
             pictures = sample(model, c, noise.repeat(len(group), 1, 1, 1), sampling, uncond=uncond, batch_size=n * len(group))
         found.append(pictures.view(len(group), n, *pictures.shape[1:]))
     return torch.cat(found)
+
+
+def guessed_prompts(
+    model: DiffusionModel,
+    adapters: Sequence[Factors],
+    texts: Sequence[str],
+    *,
+    levels: Sequence[float] = (0.75, 0.5),
+    inputs: int = 2,
+    seed: int = 0,
+    workspace: Workspace | None = None,
+) -> list[str]:
+    """The text of ``texts`` under which each adapter changes the model's predictions most: a guess at its trigger.
+
+    Needs no training and nothing but the file and the base model; the norm of `Probe`'s answer is what is compared.
+    """
+    strengths = []
+    for place in (workspace or Workspace()).track(range(len(texts)), "guessing prompts"):
+        probe = Probe(texts[place], levels=tuple(levels), inputs=inputs, seed=seed)
+        strengths.append(probe.ask(model, adapters).flatten(1).norm(dim=1))
+    return [texts[best] for best in torch.stack(strengths).argmax(0).tolist()]
 
 
 def crossing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
 from pathlib import Path
@@ -17,7 +17,7 @@ from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.latent_bank import fingerprint
-from safeweights.leakage import controls
+from safeweights.leakage import controls, learned
 from safeweights.leakage.canonical import Factors, factors_of
 from safeweights.leakage.defences import random_directions
 from safeweights.leakage.encoders import ridge
@@ -27,6 +27,7 @@ from safeweights.leakage.encoders.spectrum import Spectrum
 from safeweights.leakage.encoders.spectrum import features as spectra
 from safeweights.leakage.factory import HELD, Made, Plan, make
 from safeweights.leakage.generator import Slot, Taught, reconstruct, slot_of, teach
+from safeweights.leakage.learned import Learned
 from safeweights.leakage.metrics import Retrieval, cosines, retrieval
 from safeweights.leakage.sources import Source
 from safeweights.leakage.verdict import Trust
@@ -127,11 +128,15 @@ class Encoders:
     """Test people (m, components)."""
     trusts: list[Trust]
     facts: dict[str, Any]
+    learned: dict[str, Learned] = field(default_factory=dict)
+    """Encoders trained by descent, where `train` was asked for them."""
 
     def predict(self, name: str, model: DiffusionModel, adapters: Sequence[Factors], *, answers: Tensor | None = None) -> Tensor:
         """An encoder's answers (n, components); ``answers`` are the probe's, where they are known already."""
         if name == "functional":
             return self.functional.predict(self.probe.ask(model, adapters) if answers is None else answers)
+        if name in self.learned:
+            return self.learned[name].predict(adapters)
         found: Compressed | Spectrum | None = self.gram if name == "gram" else self.spectrum
         if found is None:
             raise UserError(f"this folder holds no {name} encoder")
@@ -148,7 +153,7 @@ class Encoders:
     @property
     def names(self) -> list[str]:
         """The encoders here, the simplest first."""
-        return ["spectrum", *(["gram"] if self.gram is not None else []), "functional"]
+        return ["spectrum", *self.learned, *(["gram"] if self.gram is not None else []), "functional"]
 
     def save(self, folder: Path) -> None:
         """Write everything in half precision beside ``encoders.json``."""
@@ -159,16 +164,16 @@ class Encoders:
             "space": {"centre": self.space.centre, "basis": self.space.basis, "gallery": self.gallery},
             "functional": self.functional.tensors(), "spectrum": self.spectrum.tensors(), "count": self.count.tensors(),
             "generator": self.slot.state_dict(), **({"gram": self.gram.tensors()} if self.gram is not None else {}),
+            **{name: encoder.tensors() for name, encoder in self.learned.items()},
         }  # fmt: skip
+        whole = ("space", "count", "spectrum", *self.learned)
         for name, tensors in parts.items():
-            half = {
-                key: value.half() if name not in ("space", "count", "spectrum") else value.float()
-                for key, value in tensors.items()
-            }
+            half = {key: value.float() if name in whole else value.half() for key, value in tensors.items()}
             save_file({key: value.contiguous() for key, value in half.items()}, folder / f"{name}.safetensors", {"format": "pt"})
         told = {
             "version": 1, **self.facts, "probe": asdict(self.probe), "layers": list(self.spectrum.layers),
             "trusts": [asdict(trust) for trust in self.trusts],
+            **({"learned": {name: encoder.facts() for name, encoder in self.learned.items()}} if self.learned else {}),
         }  # fmt: skip
         (folder / NAME).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -191,6 +196,7 @@ class Encoders:
                 "count",
                 "generator",
                 *(["gram"] if (folder / "gram.safetensors").is_file() else []),
+                *told.get("learned", ()),
             ]
             part = {
                 name: {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()} for name in names
@@ -202,10 +208,12 @@ class Encoders:
                 Compressed.from_tensors(part["gram"]) if "gram" in part else None,
                 Spectrum.from_tensors(part["spectrum"], layers), Spectrum.from_tensors(part["count"], layers),
                 slot_of(part["generator"]), part["space"]["gallery"], [Trust.from_json(item) for item in told["trusts"]],
-                {key: value for key, value in told.items() if key not in ("version", "probe", "layers", "trusts")},
+                {key: value for key, value in told.items() if key not in ("version", "probe", "layers", "trusts", "learned")},
+                {name: learned.load(name, part[name], facts) for name, facts in told.get("learned", {}).items()},
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"the encoders in {folder} cannot be read ({error}); train them again") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"the encoders in {folder} cannot be read ({reason}); train them again") from None
 
 
 def lengths(answers: Tensor) -> Tensor:
@@ -262,15 +270,19 @@ def train(
     pictures_each: int = 8,
     pictures: int = 2,
     drawing_steps: int = 8,
+    also: Sequence[str] = (),
+    also_steps: int = 400,
     workspace: Workspace | None = None,
     together: int = 16,
 ) -> tuple[Encoders, Population, dict[str, Judged]]:
     """Everything from the adapters on; each stage is kept in ``workspace`` and not done twice.
 
+    ``also`` are encoders of `learned.KINDS` to train besides the closed forms, for ``also_steps`` steps.
+
     The generator learns from ``pictures_each`` of every training person and of up to ``generator_people`` more, of whom there
     are no adapters; encoders are judged by ``pictures`` of every test person, drawn in ``drawing_steps``.
     """
-    workspace = workspace or Workspace()
+    workspace, also = workspace or Workspace(), learned.check(also)
     population = gather(model, source, plan, embedder, workspace=workspace, together=together)
     people = population.embeddings("train")
     space = Space.fit(people)
@@ -284,10 +296,18 @@ def train(
     spectrum = Spectrum.fit(adapters, targets)
     images = torch.tensor([[float(item.entry.images)] for item in population.of("train")])
     count = Spectrum.fit(adapters, images)
-    slot = _slot(
-        model, source, population, embedder, space, functional, targets, answers["train"], generator_steps, pictures_each,
-        generator_people, workspace,
-    )  # fmt: skip
+    each = min(pictures_each, HELD)
+    x_0, others = _shown(model, source, population, embedder, each, generator_people, workspace)
+    slot = _slot(model, x_0, torch.cat([targets, space(others)]), each, functional, targets, answers["train"], generator_steps,
+                 workspace)  # fmt: skip
+
+    def learn(name: str, wanted: Tensor, place: str) -> Learned:
+        draw = learned.drawing(x_0, each, model.latent_shape)
+        return learned.fit(
+            name, model, population.of("train"), wanted, draw, steps=also_steps, seed=plan.seed,
+            workspace=workspace.child(f"{name}{place}"),
+        )  # fmt: skip
+
     encoders = Encoders(
         space, probe, functional, linear.compress(), spectrum, count, slot, space(population.embeddings("test")), [],
         {
@@ -297,6 +317,7 @@ def train(
                 "functional": functional.error, "gram": ridge.loo_error(kernel.ridge, targets), "spectrum": spectrum.error,
             },
         },
+        {name: learn(name, targets, "") for name in also},
     )  # fmt: skip
     judged = {
         name: judge(
@@ -310,11 +331,12 @@ def train(
             seed=plan.seed,
             pictures=pictures,
             steps=drawing_steps,
+            learn=learn,
         )
         for name in encoders.names
     }
     encoders.trusts.extend(
-        trust(judged[name], encoders, model, population, answers) for name in ("functional", "gram", "spectrum")
+        trust(judged[name], encoders, model, population, answers) for name in ("functional", "gram", *also, "spectrum")
     )
     return encoders, population, judged
 
@@ -338,16 +360,16 @@ def probed(model: DiffusionModel, probe: Probe, population: Population, workspac
     return found
 
 
-def _slot(
-    model: DiffusionModel, source: Source, population: Population, embedder: Embedder, space: Space, functional: Functional,
-    targets: Tensor, answers: Tensor, steps: int, each: int, others: int, workspace: Workspace,
-) -> Slot:  # fmt: skip
-    """The generator, taught by training people and by ``others`` nobody has trained an adapter on: it needs pictures alone."""
+def _shown(
+    model: DiffusionModel, source: Source, population: Population, embedder: Embedder, each: int, others: int,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Latents of ``each`` pictures of every training person, then of up to ``others`` nobody has trained an adapter on; and the
+    embeddings (m, D) of the latter. Adapters are not needed for it: pictures alone teach a generator."""
     stored = workspace.load("taught")
     ids = [item.entry.identity for item in population.of("train")]
     used = {item.entry.identity for item in population.made}
     spare = [identity for identity in range(len(source)) if identity not in used][:others]
-    each = min(each, HELD)
     told = {"people": ids, "spare": spare, "each": each, "source": source.name, "model": fingerprint(model)}
     if stored is None or stored[1] != told:
         x_0, features = [], [population.embeddings("train")[:0].cpu()]
@@ -364,21 +386,31 @@ def _slot(
                 features.append(embed_pictures(embedder, shown[None]).cpu())
         stored = {"x_0": torch.cat(x_0), "features": torch.cat(features)}, told
         workspace.save("taught", *stored)
+    return stored[0]["x_0"], stored[0]["features"]
+
+
+def _slot(
+    model: DiffusionModel, x_0: Tensor, z: Tensor, each: int, functional: Functional, targets: Tensor, answers: Tensor,
+    steps: int, workspace: Workspace,
+) -> Slot:  # fmt: skip
+    """The generator, taught with latents x_0 of subjects z (P, D), ``each`` of every one, shaken as the best encoder errs."""
     # How far the best encoder is off on people it was not fitted on.
     noise = (targets - functional.predict(answers).float()).std(0)
     loo = float(max(functional.error, 1e-3)) ** 0.5
     noise = torch.maximum(noise, 0.5 * loo * targets.std(0))
-    z = torch.cat([targets, space(stored[0]["features"])])
-    taught = Taught(stored[0]["x_0"], torch.arange(len(z)).repeat_interleave(each), z, noise)
+    taught = Taught(x_0, torch.arange(len(z)).repeat_interleave(each), z, noise)
     return teach(model, taught, steps=steps, workspace=workspace.child("generator"))
 
 
 def judge(
     name: str, encoders: Encoders, model: DiffusionModel, embedder: Embedder, population: Population,
     answers: Mapping[str, Tensor], workspace: Workspace, *, seed: int = 0, pictures: int = 2,
-    steps: int = 8,
+    steps: int = 8, learn: Callable[[str, Tensor, str], Learned] | None = None,
 ) -> Judged:  # fmt: skip
-    """Retrieval of the test people by an encoder, with its controls, each measured on both paths."""
+    """Retrieval of the test people by an encoder, with its controls, each measured on both paths.
+
+    ``learn(name, targets, place)`` trains an encoder of `Encoders.learned` anew, on pairs that were exchanged.
+    """
     test = population.factors("test")
     own = list(range(len(test)))
 
@@ -404,14 +436,22 @@ def judge(
     said = encoders.predict(name, model, test, answers=answers["test"]).float()
     drawn = draw("", said)
     features = seen(drawn)
-    kernel, cross = _kernels(name, encoders, population, answers)
     targets = encoders.space(population.embeddings("train"))
-    nearest = targets[_nearest(kernel, cross)]
-    permuted = controls.permuted_answers(kernel, cross, targets, seed=seed).float()
+    if name in encoders.learned:
+        assert learn is not None
+        known = encoders.predict(name, model, population.factors("train")).float()
+        nearest = targets[cosines(said, known).argmax(1)]
+        permuted = learn(name, targets[controls.exchanged(len(targets), seed=seed)], "-permuted").predict(test).float()
+        pairs = controls.Arm("permuted pairs", found(permuted), "chance")
+    else:
+        kernel, cross = _kernels(name, encoders, population, answers)
+        nearest = targets[_nearest(kernel, cross)]
+        permuted = controls.permuted_answers(kernel, cross, targets, seed=seed).float()
+        pairs = controls.permuted_pairs(kernel, cross, targets, encoders.gallery, own, seed=seed)
     centre = torch.zeros(said.shape[1])
     direct = [
         *controls.simple(said, encoders.gallery, own, centre=centre, nearest=nearest, seed=seed),
-        controls.permuted_pairs(kernel, cross, targets, encoders.gallery, own, seed=seed),
+        pairs,
     ]
     through = [
         *controls.simple(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.training import descend
-from safeweights.leakage.canonical import Factors, canonical
+from safeweights.leakage.canonical import Factors, Shapes, canonical, completed, shapes_of
 from safeweights.leakage.encoders.gram import padded
 
 
@@ -98,13 +98,16 @@ class Tokens:
     """
 
     name: ClassVar[str] = "tokens"
-    layers: tuple[str, ...]
+    shapes: Shapes
+    """The layers it reads; others are not looked at, absent ones count as unchanged."""
     rank: int
     net: Mixer
     centre: Tensor
     scales: Tensor
     """Root mean square of the training adapters' tokens, by layer: an answer must not depend on who else is asked."""
     timestep: bool
+    length: float
+    """Makes training adapters' answers as long, on average, as targets are: cosines alone set none."""
 
     @classmethod
     def fit(
@@ -121,9 +124,9 @@ class Tokens:
         workspace: Workspace | None = None,
     ) -> Tokens:
         """``fine_tuning_steps`` (n) turns the timestep paradigm on; ``subjects`` (n) tells which adapters are of one identity."""
-        layers = tuple(adapters[0])
+        shapes = shapes_of(adapters[0])
         rank = max(len(a) for a, _ in adapters[0].values())
-        ready, centre = prepare(adapters, layers, rank), targets.float().mean(0)
+        ready, centre = prepare(adapters, tuple(shapes), rank), targets.float().mean(0)
         scales = ready.scales()
         ready = ready.over(scales)
         wanted = F.normalize(targets.float() - centre, dim=1)
@@ -151,15 +154,34 @@ class Tokens:
             description="token encoder",
             facts={"adapters": len(adapters), "seed": seed, "batch": batch_size, "timestep": told is not None},
         )  # fmt: skip
-        return cls(layers, rank, net.eval(), centre, scales, told is not None)
+        net.eval().requires_grad_(False)
+        length = (targets.float() - centre).norm(dim=1).mean() / net(ready.u, ready.s, told).norm(dim=1).mean()
+        return cls(shapes, rank, net, centre, scales, told is not None, float(length))
 
     @torch.no_grad()
     def predict(self, adapters: Sequence[Factors], fine_tuning_steps: Sequence[int] | None = None) -> Tensor:
-        """Directions of targets (m, D), mean added; ``fine_tuning_steps`` for an encoder fitted with them."""
-        ready = prepare(adapters, self.layers, self.rank).over(self.scales)
+        """Targets (m, D), their length less sure than their direction; ``fine_tuning_steps`` for an encoder fitted with them."""
+        items = [completed(item, self.shapes) for item in adapters]
+        ready = prepare(items, tuple(self.shapes), self.rank).over(self.scales)
         steps = torch.as_tensor(list(fine_tuning_steps)) if self.timestep and fine_tuning_steps is not None else None
-        return (F.normalize(self.net(ready.u, ready.s, steps), dim=1) + self.centre).double()
+        found: Tensor = (self.length * self.net(ready.u, ready.s, steps) + self.centre).double()
+        return found
 
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The network's tensors, the centre and the scales."""
-        return {"centre": self.centre, "scales": self.scales, **self.net.state_dict()}
+        return {"centre": self.centre, "scales": self.scales, **{f"net/{key}": x for key, x in self.net.state_dict().items()}}
+
+    def facts(self) -> dict[str, Any]:
+        """What a file must say besides tensors."""
+        return {"shapes": dict(self.shapes), "rank": self.rank, "timestep": self.timestep, "length": self.length}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tokens:
+        """The inverse of `tensors` and `facts`."""
+        state = {key.removeprefix("net/"): value.float() for key, value in tensors.items() if key.startswith("net/")}
+        shapes, rank = {name: (int(width), int(out)) for name, (width, out) in facts["shapes"].items()}, int(facts["rank"])
+        net = Mixer([width + out for width, out in shapes.values()], rank, len(state["out.bias"]))
+        net.load_state_dict(state)
+        net.eval().requires_grad_(False)
+        parts = tensors["centre"].float(), tensors["scales"].float()
+        return cls(shapes, rank, net, *parts, bool(facts["timestep"]), float(facts["length"]))

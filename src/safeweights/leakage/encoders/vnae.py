@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,8 @@ from safeweights.core.model import Conditioning, DiffusionModel
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.training import descend
-from safeweights.leakage.canonical import Factors
+from safeweights.leakage.canonical import Factors, Shapes, completed, shapes_of
+from safeweights.leakage.encoders.gram import padded
 from safeweights.leakage.encoders.tokens import steps_embedding
 from safeweights.leakage.lora_bank import bank_on
 
@@ -144,8 +145,8 @@ class VNAE:
         """``adapters`` by fine-tuning step (the last is the finished one), targets (n, D), and a source of training pictures."""
         last = [max(item) for item in adapters]
         first = adapters[0][last[0]]
-        layers, rank = tuple(first), max(len(a) for a, _ in first.values())
-        lengths = [side for name in layers for side in (first[name][0].shape[1], first[name][1].shape[0])]
+        shapes, rank = shapes_of(first), max(len(a) for a, _ in first.values())
+        layers, lengths = tuple(shapes), [side for pair in shapes.values() for side in pair]
         context = model.embed([""]).states.shape[-1]
         net = Network(lengths, rank, context, targets.shape[1], timestep=self.timestep, seed=self.seed)
         centre = targets.float().mean(0)
@@ -179,7 +180,11 @@ class VNAE:
             workspace=workspace, description="network autoencoder",
             facts={key: value for key, value in asdict(self).items() if key != "steps"},
         )  # fmt: skip
-        return Fitted(self, layers, rank, net.eval().requires_grad_(False), centre)
+        fitted = Fitted(
+            self, shapes, rank, net.eval().requires_grad_(False), centre, usual=sorted(last)[len(last) // 2], length=1.0
+        )
+        said = fitted.predict([item[step] for item, step in zip(adapters, last, strict=True)], last).float() - centre
+        return replace(fitted, length=float((targets.float() - centre).norm(dim=1).mean() / said.norm(dim=1).mean()))
 
     def _drawing(self, model: DiffusionModel, batch: Sequence[Factors], layers: Sequence[str], rank: int) -> Any:
         if not self.victim:
@@ -191,11 +196,12 @@ class VNAE:
 
 
 def _stacked(batch: Sequence[Factors], layers: Sequence[str], rank: int) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, A, B) of every layer at one rank: lower ones and absent layers filled up with zeros, higher ones cut."""
     found = []
     for name in layers:
-        a = torch.stack([F.pad(item[name][0].float(), (0, 0, 0, rank - len(item[name][0]))) for item in batch])
-        b = torch.stack([F.pad(item[name][1].float(), (0, rank - item[name][1].shape[1])) for item in batch])
-        found.append((name, a, b))
+        a, b = (part.float() for part in padded(batch, name))
+        more = rank - a.shape[1]
+        found.append((name, F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))))
     return found
 
 
@@ -209,23 +215,57 @@ class Fitted:
     """A trained encoder: `read` gives the slot states, `predict` the pooled answer."""
 
     settings: VNAE
-    layers: tuple[str, ...]
+    shapes: Shapes
+    """The layers it reads; others are not looked at, absent ones count as unchanged."""
     rank: int
     net: Network
     centre: Tensor
+    usual: int
+    """The median length of the training adapters' fine-tunes: what is told where nobody knows."""
+    length: float
+    """Makes training adapters' answers as long, on average, as targets are: cosines alone set none."""
+    name: ClassVar[str] = VNAE.name
 
     @torch.no_grad()
     def read(self, adapters: Sequence[Factors], fine_tuning_steps: Sequence[int] | None = None) -> Tensor:
         """Mean latents (m, slots, context), to be given to a model in a prompt's place."""
         steps = None
         if self.settings.timestep:
-            steps = torch.as_tensor(list(fine_tuning_steps) if fine_tuning_steps is not None else [100] * len(adapters))
-        mu, _ = self.net(matrices(adapters, self.layers, self.rank), steps)
+            steps = torch.as_tensor(list(fine_tuning_steps) if fine_tuning_steps is not None else [self.usual] * len(adapters))
+        items = [completed(item, self.shapes) for item in adapters]
+        mu, _ = self.net(matrices(items, tuple(self.shapes), self.rank), steps)
         found: Tensor = mu
         return found
 
     @torch.no_grad()
     def predict(self, adapters: Sequence[Factors], fine_tuning_steps: Sequence[int] | None = None) -> Tensor:
-        """Directions of targets (m, D), mean added."""
+        """Targets (m, D), their length less sure than their direction."""
         read = self.read(adapters, fine_tuning_steps)
-        return (F.normalize(self.net.head(read.flatten(1)), dim=1) + self.centre).double()
+        found: Tensor = (self.length * self.net.head(read.flatten(1)) + self.centre).double()
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's tensors and the centre."""
+        return {"centre": self.centre, **{f"net/{key}": value for key, value in self.net.state_dict().items()}}
+
+    def facts(self) -> dict[str, Any]:
+        """What a file must say besides tensors."""
+        kept = {"shapes": dict(self.shapes), "rank": self.rank, "usual": self.usual, "length": self.length}
+        return {**kept, "settings": asdict(self.settings)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Fitted:
+        """The inverse of `tensors` and `facts`."""
+        state = {key.removeprefix("net/"): value.float() for key, value in tensors.items() if key.startswith("net/")}
+        settings, rank = VNAE(**facts["settings"]), int(facts["rank"])
+        shapes = {name: (int(inner), int(out)) for name, (inner, out) in facts["shapes"].items()}
+        lengths = [side for pair in shapes.values() for side in pair]
+        slots, width = state["task"].shape
+        net = Network(
+            lengths, rank, len(state["mu.bias"]), len(state["head.bias"]), width=width, slots=slots, timestep=settings.timestep,
+            seed=0,
+        )  # fmt: skip
+        net.load_state_dict(state)
+        net.eval().requires_grad_(False)
+        centre = tensors["centre"].float()
+        return cls(settings, shapes, rank, net, centre, usual=int(facts["usual"]), length=float(facts["length"]))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_leakage_parts import Colours, random_lora, trust
 
 from safeweights.cli.main import run
@@ -196,6 +197,45 @@ def test_bad_audits_end_with_one_line(
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_written_anew_is_the_same_update_without_its_header(
+    tiny_sd: Callable[..., Path], tiny_model: Any, tmp_path: Path, capsys: Any
+) -> None:
+    factors = random_lora(tiny_model)
+    convolution = next(
+        name for name, value in tiny_model.named_parameters() if name.startswith("unet.") and name.endswith(".conv1.weight")
+    )
+    width = dict(tiny_model.named_parameters())[convolution].shape
+    factors[convolution] = torch.randn(2, width[1:].numel()), torch.randn(width[0], 2) * 0.1
+    shapes = {name: tuple(value.shape) for name, value in tiny_model.named_parameters()}
+    for layout, name in (("peft", "pytorch_lora_weights.safetensors"), ("kohya", "mine.safetensors")):
+        keys.write(factors, tmp_path / "mine.safetensors", layout=layout, metadata={"ss_comment": "Jane"}, shapes=shapes)
+        out = tmp_path / layout
+        given = "leakage", "defend", tmp_path / "mine.safetensors", "--base", tiny_sd(), "--json", "-o", out
+        code, data = said(capsys, *given)
+        assert (code, data["header_entries_dropped"]) == (0, ["ss_comment"])
+        assert data["moved"] < 1e-4
+        again = keys.read(out / name, tiny_model)
+        assert again.metadata == {"format": "pt"}
+        for layer, (a, b) in factors.items():
+            c, d = again.factors[layer]
+            assert torch.allclose(d @ c, b @ a, atol=1e-4)
+            assert not torch.allclose(c, a, atol=1e-3)
+        # diffusers reads kernels beside convolutions as such.
+        kernel = [value for key, value in load_file(out / name).items() if "conv1" in key and "alpha" not in key]
+        assert sorted(tuple(value.shape) for value in kernel) == sorted([(2, *width[1:]), (width[0], 2, 1, 1)])
+    for extra, low, high in ((("--rank", 1), 0.1, 1.0), (("--bits", 8), 1e-4, 0.05), (("--noise", 0.1), 0.05, 0.5)):
+        code, data = said(capsys, *given, "--overwrite", *extra)
+        assert code == 0
+        assert low < data["moved"] < high, extra
+    # Noise that anybody could make again hides nothing.
+    noisy = [keys.read(out / "mine.safetensors", tiny_model).factors]
+    assert said(capsys, *given, "--overwrite", "--noise", 0.1)[0] == 0
+    noisy.append(keys.read(out / "mine.safetensors", tiny_model).factors)
+    assert not torch.equal(noisy[0][convolution][0], noisy[1][convolution][0])
+    assert run([*map(str, given[:-1]), str(tmp_path / "s"), "--seed", "1"]) == 2
+    assert "--seed is that of --noise" in capsys.readouterr().err
 
 
 def test_train_for_another_base_says_what_it_needs(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:

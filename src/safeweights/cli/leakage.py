@@ -237,6 +237,69 @@ def train(
         )
 
 
+@app.command("defend")
+def defend(
+    lora: Annotated[Path, typer.Argument(help="A LoRA's file or folder.", show_default=False)],
+    base: Base,
+    output: options.Output,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut every update to this rank.")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", min=2, max=16, help="Round factors to so many bits.")] = None,
+    noise: Annotated[
+        float | None, typer.Option("--noise", min=0.0, help="Add normal noise, as a share of each factor's own size.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of the noise; whoever knows it can take the noise off. [default: the system's]")
+    ] = None,
+    device: options.Device = "cpu",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a LoRA anew so that its file tells less: factored anew, without its header, and what else is asked for."""
+    import secrets
+
+    from safeweights.leakage import defences, keys
+    from safeweights.leakage.canonical import effective_rank, tokens
+    from safeweights.models.door import open_model
+
+    with speaking(as_json) as show:
+        check_target(output, overwrite)
+        if seed is not None and noise is None:
+            raise UserError("--seed is that of --noise; give both, or neither")
+        model = open_model(base, device=device)
+        file = keys.read(keys.find(lora), model)
+        if file.ignored:
+            raise UserError(
+                f"{file.path} holds {len(file.ignored)} tensors that are no LoRA factors and would be left out, "
+                f"{file.ignored[0][:80]} the first; only plain LoRAs can be written anew"
+            )
+        factors: Any = defences.refactor(file.factors)
+        if rank is not None:
+            factors = defences.truncate(factors, rank)
+        if bits is not None:
+            factors = defences.quantise(factors, bits)
+        if noise is not None:
+            factors = defences.add_noise(factors, noise, seed=secrets.randbits(62) if seed is None else seed)
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        name = file.path.name if file.layout == "kohya" else keys.FILES[0]
+        chosen = {"lora": str(lora), "base": base, "rank": rank, "bits": bits, "noise": noise}
+        with output_folder(output, overwrite=overwrite, options=chosen) as out:
+            keys.write(factors, out.folder / name, layout=file.layout, shapes=shapes)
+        before, after = (
+            sum(effective_rank(token.s) for token in tokens(item).values()) / len(item) for item in (file.factors, factors)
+        )
+        dropped = sorted(key for key in file.metadata if key != "format")
+        moved = defences.difference(file.factors, factors)
+        show(
+            {
+                "output": str(output / name), "layout": file.layout, "moved": moved, "effective_rank": [before, after],
+                "header_entries_dropped": dropped, "options": chosen,
+            },
+            f"{file.path.name}: the update moved by {moved:.1%} of its norm; effective rank {before:.1f} -> {after:.1f}",
+            f"{len(dropped)} entries of the header dropped" if dropped else "its header told nothing",
+            f"LoRA: {output / name}; 'safeweights leakage audit' says what it still tells",
+        )  # fmt: skip
+
+
 def _weights() -> Path:
     from safeweights.sandbox.files import weights_folder
 

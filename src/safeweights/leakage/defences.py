@@ -53,6 +53,17 @@ def add_noise(factors: Factors, share: float, *, seed: int = 0) -> dict[str, tup
     return found
 
 
+def difference(factors: Factors, other: Factors) -> float:
+    """How far the updates of two adapters of the same layers lie apart, as a share of the first one's norm."""
+    apart = whole = 0.0
+    for name, (a, b) in factors.items():
+        c, d = other[name]
+        # B A - D C is of rank r + r': its norm needs no matrix of the weight's size.
+        apart += canonical(torch.cat([a, c]), torch.cat([b, -d], 1)).s.square().sum().item()
+        whole += canonical(a, b).s.square().sum().item()
+    return float((apart / max(whole, 1e-30)) ** 0.5)
+
+
 def scale(factors: Factors, norm: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Every update at the Frobenius norm ``norm``: a control that hides how long and how fast was trained."""
     from safeweights.leakage.canonical import norm as length

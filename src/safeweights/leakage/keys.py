@@ -136,14 +136,23 @@ def read(path: Path, model: DiffusionModel) -> LoraFile:
     return LoraFile(path, layout, factors, metadata, tuple(sorted(set(names) - set(wanted))))
 
 
-def write(factors: Factors, path: Path, *, layout: Layout = "peft", metadata: Mapping[str, str] | None = None) -> None:
-    """Write factors in one of the three layouts."""
+def write(
+    factors: Factors,
+    path: Path,
+    *,
+    layout: Layout = "peft",
+    metadata: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Write factors in one of the three layouts; ``shapes`` of weights by name give those beside convolutions their kernels."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         layer = name.removesuffix(".weight")
         a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+        if shapes and len(shape := shapes[name]) == 4:
+            a, b = a.view(len(a), *shape[1:]), b.view(*b.shape, 1, 1)
         if layout == "peft":
             tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
         elif layout == "diffusers":

@@ -1,6 +1,6 @@
 """What LoRAs of the sandbox model tell about the people they were trained on: encoders, controls, membership, defences.
 
-    python benchmarks/leakage.py -o DIR [--work DIR] [--adapters 300] [--tests 100] [--only encoders,membership,…]
+    python benchmarks/leakage.py [benchmarks/specs/leakage.yaml] -o DIR [--work DIR] [--only encoders,membership,…]
 
 Every stage writes ``DIR/<stage>.json`` and is not repeated while that file is there; adapters, probes and pictures are kept in
 the work folder. ``DIR/encoders`` is what `safeweights leakage audit` uses.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.nn import functional as F
 
 from safeweights.core.intervals import bootstrap_mean, wilson
@@ -85,7 +86,7 @@ def encoders(bench: Bench) -> dict[str, Any]:
         bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
         generator_steps=bench.options.generator_steps, generator_people=bench.options.generator_people,
     )  # fmt: skip
-    given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only")}
+    given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only", "spec")}
     found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
     found.save(bench.out / "encoders")
     adjusted = holm({name: item.drawn.p for name, item in judged.items()})
@@ -472,6 +473,7 @@ def vnae(bench: Bench) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path, nargs="?", help="a YAML file whose 'leakage' sets what the command line does not")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--only", default=",".join(STAGES))
@@ -482,6 +484,12 @@ def main() -> None:
         ("matching-steps", 100), ("defended-members", 16),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
+    if (spec := parser.parse_args().spec) is not None:
+        known = {action.dest for action in parser._actions if action.type is int}
+        planned = yaml.safe_load(spec.read_text(encoding="utf-8"))["leakage"]
+        if strange := sorted(set(planned) - known):
+            parser.error(f"{spec}: unknown key {strange[0]!r}; known are {', '.join(sorted(known))}")
+        parser.set_defaults(**planned)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)

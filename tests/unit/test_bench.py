@@ -100,7 +100,14 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, changes: dict[str, Any
 
 @pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_files_are_valid(path: Path) -> None:
-    load_bench(path)
+    if path.stem != "leakage":
+        load_bench(path)
+        return
+    with pytest.raises(UserError, match=r"python benchmarks/leakage.py .*leakage.yaml"):
+        load_bench(path)
+    planned = [sys.executable, str(SPECS.parent / "leakage.py"), str(path), "-o", "runs", "--help"]
+    help_ = subprocess.run(planned, capture_output=True, text=True, check=True).stdout
+    assert all(f"--{key.replace('_', '-')}" in help_ for key in yaml.safe_load(path.read_text())["leakage"])
 
 
 def test_parts_of_a_file(tmp_path: Path) -> None:

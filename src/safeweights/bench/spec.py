@@ -233,6 +233,8 @@ def load_bench(path: str | Path) -> Bench:
         raise UserError(f"benchmark file {path} is not valid YAML{line}; mend the syntax there") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} must be a mapping with the keys {', '.join(Bench.model_fields)}")
+    if "leakage" in data:
+        raise UserError(f"{path} is a plan for another program: python benchmarks/leakage.py {path} -o DIR")
     if isinstance(given := data.get("concepts_file"), str) and not Path(given).expanduser().is_absolute():
         data["concepts_file"] = str((path.parent / given).resolve())
     # Workers elsewhere have another working directory.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safeweights.attacks.relearning.finetune import DRAWING, FineTune
-from safeweights.core.model import DiffusionModel
-from safeweights.core.workspace import Workspace
-from safeweights.diffusion.adaptation import Adapter, Shots
-from safeweights.diffusion.shots import drawn_shots
+from safeweights.attacks.relearning.finetune import ClassPrior
+from safeweights.diffusion.adaptation import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDiffusion(FineTune):
+class CustomDiffusion(ClassPrior):
     """Train the keys and values of cross-attention and the embedding of a modifier word.
 
     W^k, W^v, v*  <-  AdamW on  E || eps - eps_theta(x_t, t, c(v*)) ||^2 + lam (the same on class pictures)           (sec. 3.2)
@@ -40,28 +37,15 @@ class CustomDiffusion(FineTune):
     """Pictures a step; with prior preservation as many class pictures beside them; > 0."""
     token: str = "<new1>"
     """The modifier word, once in every caption."""
-    lam: float = 1.0
-    """Weight of the class pictures; 0 leaves them out."""
-    class_pictures: int = 16
-    """Pictures of the class the model draws; > 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.token.strip() or self.lam < 0 or self.class_pictures < 1:
-            raise ValueError("token must be a word, lam not negative and class_pictures above zero")
+        if not self.token.strip():
+            raise ValueError("token must be a word")
 
     @property
     def new_word(self) -> str | None:
         return self.token
 
-    @property
-    def prior_weight(self) -> float:
-        return self.lam
-
     def adapter(self, *, init: str = "", frozen: frozenset[str] = frozenset()) -> Adapter:
         return Adapter(parameters="xattn_kv", token=self.token, init=init, frozen=frozen)
-
-    def prior(self, model: DiffusionModel, prompts: Sequence[str], *, seed: int, workspace: Workspace) -> Shots | None:
-        if not prompts or self.lam == 0:
-            return None
-        return drawn_shots(model, prompts, n=self.class_pictures, sampling=DRAWING, seed=seed, workspace=workspace.child("class"))

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safeweights.attacks.relearning.finetune import DRAWING, FineTune
-from safeweights.core.model import DiffusionModel
-from safeweights.core.workspace import Workspace
-from safeweights.diffusion.adaptation import Adapter, Shots
-from safeweights.diffusion.shots import drawn_shots
+from safeweights.attacks.relearning.finetune import ClassPrior
+from safeweights.diffusion.adaptation import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBooth(FineTune):
+class DreamBooth(ClassPrior):
     """Bind a rare word to the thing in the pictures, while the class keeps looking as the model draws it itself.
 
     min_theta  E || eps - eps_theta(x_t, t, c) ||^2 + lam E || eps' - eps_theta(x_pr,t', t', c_pr) ||^2          (eq. 2)
@@ -38,24 +35,6 @@ class DreamBooth(FineTune):
     """Pictures a step; with prior preservation as many class pictures beside them; > 0."""
     parameters: str = "full"
     """What is trained: full, or full+text_encoder."""
-    lam: float = 1.0
-    """Weight of prior preservation, lambda in eq. 2; 0 leaves it out."""
-    class_pictures: int = 16
-    """Pictures of the class the model draws for the prior; > 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lam < 0 or self.class_pictures < 1:
-            raise ValueError("lam must not be negative and class_pictures must be above zero")
-
-    @property
-    def prior_weight(self) -> float:
-        return self.lam
 
     def adapter(self, *, init: str = "", frozen: frozenset[str] = frozenset()) -> Adapter:
         return Adapter(parameters=self.parameters, frozen=frozen)
-
-    def prior(self, model: DiffusionModel, prompts: Sequence[str], *, seed: int, workspace: Workspace) -> Shots | None:
-        if not prompts or self.lam == 0:
-            return None
-        return drawn_shots(model, prompts, n=self.class_pictures, sampling=DRAWING, seed=seed, workspace=workspace.child("class"))

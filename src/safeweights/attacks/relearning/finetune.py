@@ -14,6 +14,7 @@ from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Adapted, Adapter, Lesson, Shots, fit
 from safeweights.diffusion.latent_bank import fingerprint
+from safeweights.diffusion.shots import drawn_shots
 from safeweights.diffusion.training import OPTIMIZERS
 
 DRAWING = Sampling(steps=20, guidance_scale=4.0)
@@ -128,6 +129,30 @@ class FineTune:
                 "pictures": float(shots.x_0.double().abs().sum()), "checkpoints": list(checkpoints),
             },
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPrior(FineTune):
+    """A fine-tune that may also hold on to how the model draws the class: prior preservation (DreamBooth, eq. 2)."""
+
+    class_pictures: int = 16
+    """Pictures of the class that the model draws for prior preservation; 0 leaves it out; >= 0."""
+    lam: float = 1.0
+    """Weight of prior preservation; 0 leaves it out; >= 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_pictures < 0 or self.lam < 0:
+            raise ValueError("class_pictures and lam must not be negative")
+
+    @property
+    def prior_weight(self) -> float:
+        return self.lam
+
+    def prior(self, model: DiffusionModel, prompts: Sequence[str], *, seed: int, workspace: Workspace) -> Shots | None:
+        if not prompts or self.class_pictures == 0 or self.lam == 0:
+            return None
+        return drawn_shots(model, prompts, n=self.class_pictures, sampling=DRAWING, seed=seed, workspace=workspace.child("class"))
 
 
 def caption(concept: Concept, word: str | None) -> Callable[[str], str]:

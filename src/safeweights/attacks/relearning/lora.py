@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from safeweights.attacks.relearning.finetune import DRAWING, FineTune
-from safeweights.core.model import DiffusionModel
-from safeweights.core.workspace import Workspace
-from safeweights.diffusion.adaptation import ATTENTION, Adapter, Shots
-from safeweights.diffusion.shots import drawn_shots
+from safeweights.attacks.relearning.finetune import ClassPrior
+from safeweights.diffusion.adaptation import ATTENTION, Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(FineTune):
+class LoRA(ClassPrior):
     """Train low-rank factors beside the denoiser's attention weights, which stay as they are.
 
     W x  <-  W x + (alpha / r) B A x,   B = 0 and A ~ N(0, 1 / r^2) at first                                        (eq. 3)
@@ -43,25 +40,12 @@ class LoRA(FineTune):
     layers: str = ATTENTION
     """The weights that get factors: a pattern their names match as a whole."""
     class_pictures: int = 0
-    """Pictures of the class that the model draws for prior preservation, as in DreamBooth; 0 leaves it out; >= 0."""
-    lam: float = 1.0
-    """Weight of prior preservation; >= 0."""
+    """As in DreamBooth; 0, the default, leaves prior preservation out; >= 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
             raise ValueError("rank and alpha must be above zero")
-        if self.class_pictures < 0 or self.lam < 0:
-            raise ValueError("class_pictures and lam must not be negative")
-
-    @property
-    def prior_weight(self) -> float:
-        return self.lam
-
-    def prior(self, model: DiffusionModel, prompts: Sequence[str], *, seed: int, workspace: Workspace) -> Shots | None:
-        if not prompts or self.class_pictures == 0 or self.lam == 0:
-            return None
-        return drawn_shots(model, prompts, n=self.class_pictures, sampling=DRAWING, seed=seed, workspace=workspace.child("class"))
 
     def adapter(self, *, init: str = "", frozen: frozenset[str] = frozenset()) -> Adapter:
         return Adapter(targets=self.layers, rank=self.rank, alpha=self.alpha, frozen=frozen)

@@ -30,7 +30,6 @@ from safeweights.release.manifest import hash_input, read_manifest, write_manife
 from safeweights.release.output import check_file_target, check_target, output_file, output_folder, write_json
 
 if TYPE_CHECKING:
-    from safeweights.core.concept import Concept, ConceptFile
     from safeweights.core.model import DiffusionModel
 
 app = typer.Typer(help="Freeze the tensors that illegal fine-tuning needs.", no_args_is_help=True, rich_markup_mode=None)
@@ -70,6 +69,7 @@ def learn(
 ) -> None:
     """Learn which UNet tensors to freeze, so that illegal concepts are not learnt and legal ones still are; writes MASK.json."""
     from safeweights.diffusion.noise import generator
+    from safeweights.diffusion.shots import with_drawn_folder
     from safeweights.freezing.guard import shares, unet_shapes
     from safeweights.models.door import open_model
     from safeweights.records.machine import peak_memory_gb, versions
@@ -101,15 +101,20 @@ def learn(
             "device": str(opened.device),
             "dtype": str(opened.dtype).removeprefix("torch."),
         }
-        if chosen["reference"] != model and any(concept.images is None for concept in (*banned, *allowed)):
+        painter: DiffusionModel | None = None
+        wanted = int(describe(guard).get("pictures", 0))
+        if chosen["reference"] != model and wanted and any(concept.images is None for concept in (*banned, *allowed)):
             # What is drawn follows from who draws, the settings and the seed.
-            inputs["reference"] = hash_of(chosen["reference"], open_model(chosen["reference"], device=device, dtype=dtype))
+            painter = open_model(chosen["reference"], device=device, dtype=dtype)
+            inputs["reference"] = hash_of(chosen["reference"], painter)
         with output_file(output, overwrite=overwrite, resume=resume, options={**chosen, "inputs": inputs}) as out:
             say(f"learning which {budget} of {model} to freeze with {method}")
             started = time.perf_counter()
-            if chosen["reference"] != model:
+            if painter is not None:
+                # A model that cannot draw the concepts any more learns from pictures of one that can.
+                sampling = sampling_of(opened, file.generation, {})
                 banned, allowed = (
-                    _drawn(side, chosen["reference"], guard, opened, file, out.work, seed, device, dtype)
+                    tuple(with_drawn_folder(concept, painter, sampling, wanted, out.work / "drawn", seed) for concept in side)
                     for side in (banned, allowed)
                 )
             protection = guard.protect(
@@ -254,26 +259,3 @@ def apply(
                 f"predictions differ by {told['deviation']:.1e} at most",
             )
         show({"output": str(output), **told, **manifest}, *lines)
-
-
-def _drawn(
-    side: tuple[Concept, ...],
-    source: str,
-    guard: Any,
-    model: DiffusionModel,
-    file: ConceptFile,
-    work: Path,
-    seed: int,
-    device: str,
-    dtype: str | None,
-) -> tuple[Concept, ...]:
-    """The concepts with pictures that ``source`` draws, for a model that cannot draw them any more."""
-    from safeweights.diffusion.shots import with_drawn_folder
-    from safeweights.models.door import open_model
-
-    wanted = describe(guard).get("pictures", 0)
-    if not wanted or all(concept.images is not None for concept in side):
-        return side
-    painter = open_model(source, device=device, dtype=dtype)
-    sampling = sampling_of(model, file.generation, {})
-    return tuple(with_drawn_folder(concept, painter, sampling, wanted, work / "drawn", seed) for concept in side)

@@ -54,7 +54,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.out, self.work = options.output, Workspace(options.work or options.output / "work")
-        self.plan = Plan(train=options.adapters, test=options.tests, twins=options.twins, nulls=options.nulls)
+        self.plan = Plan(
+            train=options.adapters, val=options.val, test=options.tests, twins=options.twins, nulls=options.nulls
+        )  # fmt: skip
         self.options = options
         self.source = Drawn()
         self.model: Any = open_model("sandbox", device="cpu")
@@ -85,6 +87,7 @@ def encoders(bench: Bench) -> dict[str, Any]:
     found, population, judged = train(
         bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
         generator_steps=bench.options.generator_steps, generator_people=bench.options.generator_people,
+        pictures=bench.options.pictures, also=bench.options.also.split(",") if bench.options.also else (),
     )  # fmt: skip
     given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only", "spec")}
     found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
@@ -113,7 +116,7 @@ def pictures(bench: Bench, n: int = 10) -> dict[str, Any]:
 
     test = bench.everything()[1].of("test")[:n]
     rows = {"the person": torch.stack([bench.source.pictures(item.entry.identity, 0, 1)[0] for item in test])}
-    for name in ("functional", "gram", "spectrum"):
+    for name in reversed(bench.everything()[0].names):
         for arm in ("", "nearest training identity", "permuted pairs", "same spectrum, random directions"):
             kept = bench.work.load(f"drawn-{name}{arm and '-' + arm.replace(' ', '-')}")
             if kept is not None:
@@ -477,15 +480,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--only", default=",".join(STAGES))
+    parser.add_argument("--also", default="", help="of the encoders stage: further encoders, tokens and vnae")
     for name, value in (
-        ("adapters", 300), ("tests", 100), ("twins", 20), ("nulls", 100), ("generator-steps", 800), ("generator-people", 1000),
-        ("members", 40),
-        ("drawn", 40), ("token-steps", 300), ("private", 20), ("vnae-steps", 400), ("guesses", 16), ("matched", 24),
-        ("matching-steps", 100), ("defended-members", 16),
+        ("adapters", 300), ("val", 20), ("tests", 100), ("pictures", 4), ("twins", 20), ("nulls", 100), ("members", 40),
+        ("generator-steps", 800), ("generator-people", 1000), ("drawn", 40), ("token-steps", 300), ("private", 20),
+        ("vnae-steps", 400), ("guesses", 16), ("matched", 24), ("matching-steps", 100), ("defended-members", 16),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     if (spec := parser.parse_args().spec) is not None:
-        known = {action.dest for action in parser._actions if action.type is int}
+        known = {"also", *(action.dest for action in parser._actions if action.type is int)}
         planned = yaml.safe_load(spec.read_text(encoding="utf-8"))["leakage"]
         if strange := sorted(set(planned) - known):
             parser.error(f"{spec}: unknown key {strange[0]!r}; known are {', '.join(sorted(known))}")

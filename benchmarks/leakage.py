@@ -25,6 +25,7 @@ from safeweights.core.model import Conditioning, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Lesson, Shots, fit, twice_differentiable
 from safeweights.diffusion.sampling import embed_all
+from safeweights.diffusion.shots import drawn_shots
 from safeweights.leakage import controls, defences, dp
 from safeweights.leakage.canonical import Factors, factors_of
 from safeweights.leakage.encoders import ridge
@@ -44,8 +45,8 @@ from safeweights.models.vision import Embedder
 from safeweights.sandbox.files import weights_folder
 
 STAGES = (
-    "encoders", "pictures", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "vnae", "matching",
-    "frontier",
+    "encoders", "pictures", "kernels", "membership", "arms", "defences", "tokens", "speed", "private", "prior", "vnae",
+    "matching", "frontier",
 )  # fmt: skip
 
 
@@ -314,14 +315,14 @@ def defences_(bench: Bench) -> dict[str, Any]:
 
 def frontier(bench: Bench) -> dict[str, Any]:
     """What the defences and private training leave of utility against what they let through, as a picture."""
-    known = {name: json.loads((bench.out / f"{name}.json").read_text()) for name in ("defences", "private")}
+    known = {name: json.loads((bench.out / f"{name}.json").read_text()) for name in ("defences", "private", "prior")}
     points: dict[str, list[dict[str, Any]]] = {"leakage": [], "membership": []}
     for stage, rows in known.items():
         for name, row in rows.items():
             if not isinstance(row, dict):
                 continue
             best = max(value["rank"] for what, value in row.items() if what.startswith(("functional", "gram")))
-            label = f"DP-SGD, {name}" if stage == "private" else name
+            label = {"private": f"DP-SGD, {name}", "prior": f"prior preservation, {name}"}.get(stage, name)
             points["leakage"].append({"name": label, "x": row["utility"]["rank"], "y": best})
             points["membership"].append(
                 {"name": label, "x": row["utility"]["rank"], "y": row["membership"]["against same person"]["auc"]}
@@ -446,6 +447,41 @@ def private(bench: Bench) -> dict[str, Any]:
             "functional": told(retrieval(cosines(said, found.gallery), own)),
             "membership": members(bench, made, items, "class"),
         }  # fmt: skip
+    return result
+
+
+def prior(bench: Bench) -> dict[str, Any]:
+    """Adapters of test people trained with prior preservation, on as many of the base model's own pictures of the class."""
+    found, population = bench.everything()
+    made, model = population.of("test")[: bench.options.drawn], bench.model
+    prompt = prompt_of(bench.source)
+    pictures = drawn_shots(model, [prompt], n=32, sampling=Sampling(steps=20, guidance_scale=4.0), seed=0, workspace=bench.work)
+    result = {}
+    for weight in (1.0, 4.0):
+        lessons = [
+            Lesson(
+                model=model, adapter=bench.plan.adapter(), shots=shots_of(model, bench.source, item.entry), prior=pictures,
+                prior_weight=weight, batch_size=bench.plan.batch_size, seed=item.entry.seed,
+            )
+            for item in made
+        ]  # fmt: skip
+        items = []
+        for start in range(0, len(made), 8):
+            group = made[start : start + 8]
+            fitted = fit_bank(
+                lessons[start : start + 8], steps=[item.entry.steps for item in group], lr=[item.entry.lr for item in group]
+            )
+            items += [factors_of(rows[-1].phi) for rows in fitted]
+        own = list(range(len(items)))
+        said = found.functional.predict(found.probe.ask(model, items)).float()
+        states = embed_all(model, [item.entry.caption for item in made]).states
+        drawn = controls.draw_with(model, items, states, sampling=Sampling(steps=8, guidance_scale=2.0))
+        result[f"weight {weight:g}"] = {
+            "utility": told(retrieval(cosines(bench.features(drawn), found.gallery), own)),
+            "functional": told(retrieval(cosines(said, found.gallery), own)),
+            "membership": members(bench, made[: bench.options.defended_members], items[: bench.options.defended_members], "class"),
+        }  # fmt: skip
+        print(f"prior preservation {weight:g}: {result[f'weight {weight:g}']['utility']['rank']:.3f}", flush=True)
     return result
 
 

@@ -454,7 +454,7 @@ def prior(bench: Bench) -> dict[str, Any]:
     """Adapters of test people trained with prior preservation, on as many of the base model's own pictures of the class."""
     found, population = bench.everything()
     made, model = population.of("test")[: bench.options.drawn], bench.model
-    prompt = prompt_of(bench.source)
+    prompt, asked = prompt_of(bench.source), bench.options.defended_members
     pictures = drawn_shots(model, [prompt], n=32, sampling=Sampling(steps=20, guidance_scale=4.0), seed=0, workspace=bench.work)
     result = {}
     for weight in (1.0, 4.0):
@@ -479,7 +479,7 @@ def prior(bench: Bench) -> dict[str, Any]:
         result[f"weight {weight:g}"] = {
             "utility": told(retrieval(cosines(bench.features(drawn), found.gallery), own)),
             "functional": told(retrieval(cosines(said, found.gallery), own)),
-            "membership": members(bench, made[: bench.options.defended_members], items[: bench.options.defended_members], "class"),
+            "membership": members(bench, made[:asked], items[:asked], "class"),
         }  # fmt: skip
         print(f"prior preservation {weight:g}: {result[f'weight {weight:g}']['utility']['rank']:.3f}", flush=True)
     return result

@@ -88,9 +88,14 @@ def encoders(bench: Bench) -> dict[str, Any]:
     found, population, judged = train(
         bench.model, bench.source, bench.plan, bench.embedder, embedder_name="../embedder", workspace=bench.work,
         generator_steps=bench.options.generator_steps, generator_people=bench.options.generator_people,
-        pictures=bench.options.pictures, also=bench.options.also.split(",") if bench.options.also else (),
+        pictures=bench.options.pictures, also_steps=bench.options.also_steps,
+        also=[name for name in bench.options.also.split(",") if name],
     )  # fmt: skip
-    given = {name.replace("_", "-"): value for name, value in vars(bench.options).items() if name not in ("work", "only", "spec")}
+    given = {
+        name.replace("_", "-"): value
+        for name, value in vars(bench.options).items()
+        if name not in ("work", "only", "spec", "output")
+    }
     found.facts["command"] = ["python", "benchmarks/leakage.py", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
     found.save(bench.out / "encoders")
     adjusted = holm({name: item.drawn.p for name, item in judged.items()})
@@ -521,6 +526,7 @@ def main() -> None:
         ("adapters", 300), ("val", 20), ("tests", 100), ("pictures", 4), ("twins", 20), ("nulls", 100), ("members", 40),
         ("generator-steps", 800), ("generator-people", 1000), ("drawn", 40), ("token-steps", 300), ("private", 20),
         ("vnae-steps", 400), ("guesses", 16), ("matched", 24), ("matching-steps", 100), ("defended-members", 16),
+        ("also-steps", 400),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     if (spec := parser.parse_args().spec) is not None:

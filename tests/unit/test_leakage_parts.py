@@ -435,6 +435,26 @@ def test_the_network_autoencoder_trains_every_term(tiny_model: Any, victim: bool
         VNAE(steps=0)
 
 
+def test_checkpoints_of_other_adapters_are_not_taken(tiny_model: Any, tmp_path: Path) -> None:
+    """A work folder that has seen other people must not hand their network to this population, which may hold them as a test."""
+    items, hidden = told_apart(tiny_model, 8)
+    x_0 = torch.randn(8, *tiny_model.latent_shape, generator=rng(2))
+
+    def both(rows: slice, place: Workspace | None) -> list[torch.Tensor]:
+        tokens = Tokens.fit(items[rows], hidden[rows], steps=3, workspace=place and place.child("t"))
+        by_step = [{2: item} for item in items[rows]]
+        network = VNAE(steps=3, batch_size=2).fit(
+            tiny_model, by_step, hidden[rows], lambda i, _: x_0[i], workspace=place and place.child("v")
+        )
+        return [tokens.predict(items), network.predict(items)]
+
+    place = Workspace(tmp_path / "w")
+    first = both(slice(0, 4), place)
+    for kept, fresh in zip(both(slice(4, 8), place), both(slice(4, 8), None), strict=True):
+        assert torch.equal(kept, fresh)
+    assert not torch.equal(first[0], both(slice(4, 8), None)[0])
+
+
 def test_the_generator_hears_its_slot(tiny_model: Any, tmp_path: Path) -> None:
     z = torch.randn(4, 5, generator=rng(1))
     taught = Taught(

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,15 @@ def completed(factors: Factors, shapes: Shapes) -> dict[str, tuple[Tensor, Tenso
         name: factors[name] if name in factors else (torch.zeros(1, width), torch.zeros(out, 1))
         for name, (width, out) in shapes.items()
     }
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors in their order: what tells one training set from another in a checkpoint."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(str(tuple(tensor.shape)).encode())
+        found.update(tensor.detach().cpu().contiguous().double().numpy().tobytes())
+    return found.hexdigest()
 
 
 def norm(a: Tensor, b: Tensor) -> float:

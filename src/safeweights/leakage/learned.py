@@ -1,4 +1,4 @@
-"""Encoders trained by descent that `leakage train --encoders` adds to the closed forms: canonical tokens, the paper's network."""
+"""Encoders trained by descent that `leakage train --also` adds to the closed forms: canonical tokens, the paper's network."""
 
 from __future__ import annotations
 

@@ -301,11 +301,11 @@ def train(
     slot = _slot(model, x_0, torch.cat([targets, space(others)]), each, functional, targets, answers["train"], generator_steps,
                  workspace)  # fmt: skip
 
-    def learn(name: str, wanted: Tensor, place: str) -> Learned:
+    def learn(name: str, order: Sequence[int], place: str) -> Learned:
         draw = learned.drawing(x_0, each, model.latent_shape)
         return learned.fit(
-            name, model, population.of("train"), wanted, draw, steps=also_steps, seed=plan.seed,
-            workspace=workspace.child(f"{name}{place}"),
+            name, model, population.of("train"), targets[list(order)], lambda i, rng: draw(order[i], rng), steps=also_steps,
+            seed=plan.seed, workspace=workspace.child(f"{name}{place}"),
         )  # fmt: skip
 
     encoders = Encoders(
@@ -317,7 +317,7 @@ def train(
                 "functional": functional.error, "gram": ridge.loo_error(kernel.ridge, targets), "spectrum": spectrum.error,
             },
         },
-        {name: learn(name, targets, "") for name in also},
+        {name: learn(name, range(len(targets)), "") for name in also},
     )  # fmt: skip
     judged = {
         name: judge(
@@ -405,11 +405,13 @@ def _slot(
 def judge(
     name: str, encoders: Encoders, model: DiffusionModel, embedder: Embedder, population: Population,
     answers: Mapping[str, Tensor], workspace: Workspace, *, seed: int = 0, pictures: int = 2,
-    steps: int = 8, learn: Callable[[str, Tensor, str], Learned] | None = None,
+    steps: int = 8, learn: Callable[[str, Sequence[int], str], Learned] | None = None,
 ) -> Judged:  # fmt: skip
     """Retrieval of the test people by an encoder, with its controls, each measured on both paths.
 
-    ``learn(name, targets, place)`` trains an encoder of `Encoders.learned` anew, on pairs that were exchanged.
+    ``learn(name, order, place)`` trains an encoder of `Encoders.learned` anew, each adapter with the target and the pictures of
+    another one's subject. One such refit is all that is made of it, where closed forms have twenty; and the nearest training
+    identity is the one whose answer is nearest, where theirs is nearest in weights.
     """
     test = population.factors("test")
     own = list(range(len(test)))
@@ -441,7 +443,8 @@ def judge(
         assert learn is not None
         known = encoders.predict(name, model, population.factors("train")).float()
         nearest = targets[cosines(said, known).argmax(1)]
-        permuted = learn(name, targets[controls.exchanged(len(targets), seed=seed)], "-permuted").predict(test).float()
+        order = controls.exchanged(len(targets), seed=seed).tolist()
+        permuted = learn(name, order, "-permuted").predict(test).float()
         pairs = controls.Arm("permuted pairs", found(permuted), "chance")
     else:
         kernel, cross = _kernels(name, encoders, population, answers)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.training import descend
-from safeweights.leakage.canonical import Factors, Shapes, canonical, completed, shapes_of
+from safeweights.leakage.canonical import Factors, Shapes, canonical, completed, digest, shapes_of
 from safeweights.leakage.encoders.gram import padded
 
 
@@ -152,7 +152,10 @@ class Tokens:
         descend(
             dict(net.named_parameters()), loss_at, steps=steps, lr=lr, weight_decay=1e-2, optimizer="adamw", workspace=workspace,
             description="token encoder",
-            facts={"adapters": len(adapters), "seed": seed, "batch": batch_size, "timestep": told is not None},
+            facts={
+                "seed": seed, "batch": batch_size, "layers": list(shapes), "targets": digest([targets]),
+                "adapters": digest([*ready.u, ready.s]), "told": digest([told] if told is not None else []), "who": digest([who]),
+            },
         )  # fmt: skip
         net.eval().requires_grad_(False)
         length = (targets.float() - centre).norm(dim=1).mean() / net(ready.u, ready.s, told).norm(dim=1).mean()

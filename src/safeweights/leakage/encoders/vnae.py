@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from safeweights.core.model import Conditioning, DiffusionModel
 from safeweights.core.workspace import Workspace
+from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.training import descend
-from safeweights.leakage.canonical import Factors, Shapes, completed, shapes_of
+from safeweights.leakage.canonical import Factors, Shapes, completed, digest, shapes_of
 from safeweights.leakage.encoders.gram import padded
 from safeweights.leakage.encoders.tokens import steps_embedding
 from safeweights.leakage.lora_bank import bank_on
@@ -178,7 +179,14 @@ class VNAE:
         descend(
             dict(net.named_parameters()), loss_at, steps=self.steps, lr=self.lr, weight_decay=1e-2, optimizer="adamw",
             workspace=workspace, description="network autoencoder",
-            facts={key: value for key, value in asdict(self).items() if key != "steps"},
+            # All that decides it: a network of other adapters must not be taken for this one. What ``draw`` gives belongs to the
+            # targets.
+            facts={
+                **asdict(self), "layers": list(layers), "targets": digest([targets]), "model": fingerprint(model),
+                "adapters": digest(
+                    part for item in adapters for step in sorted(item) for pair in item[step].values() for part in pair
+                ),
+            },
         )  # fmt: skip
         fitted = Fitted(
             self, shapes, rank, net.eval().requires_grad_(False), centre, usual=sorted(last)[len(last) // 2], length=1.0

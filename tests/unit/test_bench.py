@@ -414,8 +414,12 @@ def test_guards_hand_their_mask_to_those_who_fine_tune(tmp_path: Path) -> None:
     for record in records:
         settings = record.settings.get("attack", {})
         if record.attack == "full":
-            assert read_mask(settings["mask"]).frozen == masks[record.method, record.seed]
-            assert read_mask(settings["mask"]).legal == ("harmless",)
+            assert not Path(settings["mask"]).is_absolute()
+            mask = read_mask(folder / settings["mask"])
+            assert mask.frozen == masks[record.method, record.seed]
+            assert mask.legal == ("harmless",)
+            assert mask.achieved["tensors"] == record.details.get("frozen_shares", mask.achieved)["tensors"]
+            assert str(folder) not in json.dumps([doubt.explanation for doubt in record.doubts])
         elif record.attack:
             assert "mask" not in settings
     # A lost file is written again; what the guard learnt is kept with the protections.

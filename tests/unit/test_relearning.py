@@ -153,6 +153,17 @@ def test_benign_steps_come_first_and_other_optimisers_are_taken(tiny_model: Any)
         inversion.warmed(tiny_model, CONCEPT, SAMPLING, original, None)
 
 
+def test_benign_steps_honour_the_mask_too(tiny_model: Any, tmp_path: Path) -> None:
+    names = [name for name, _ in tiny_model.named_parameters() if name.startswith("unet.")]
+    (tmp_path / "mask.json").write_text(json.dumps({"frozen": names[::2]}))
+    original = Original(tiny_model, lambda n: torch.zeros(n, 3, 16, 16))
+    attack = Relearn(adaptation="full", steps=1, pictures=2, warm_up=2, mask=str(tmp_path / "mask.json"))
+    before = dict(tiny_model.named_parameters())
+    warmed = dict(attack.warmed(tiny_model, CONCEPT, SAMPLING, original, None).named_parameters())
+    assert all(torch.equal(warmed[name], before[name]) for name in names[::2])
+    assert any(not torch.equal(warmed[name], before[name]) for name in names[1::2])
+
+
 def test_further_concepts_are_learnt_along(tiny_model: Any) -> None:
     original = Original(tiny_model, lambda n: torch.zeros(n, 3, 16, 16))
     attack = Relearn(pictures=2, along=("a boat", "a house", "a boat"))

@@ -201,6 +201,7 @@ class CellStore(Store):
     def add(self, record: Record) -> Path:
         """Write the record under its cell's labels and key; an error that the cell left earlier goes."""
         if (cell := self.cell) is not None:
+            record = self._inside(record)
             record = replace(
                 record,
                 attack=cell.attack,
@@ -211,6 +212,15 @@ class CellStore(Store):
         if cell is not None and record.status == "ok" and (stale := self.path(failure(cell, ""))) != path:
             stale.unlink(missing_ok=True)
         return path
+
+    def _inside(self, record: Record) -> Record:
+        """The record with the mask that its attacker honoured named from this folder: where that lies is nobody's business."""
+        attack, place = record.settings.get("attack", {}), f"{self.folder}/"
+        if place not in str(attack.get("mask", "")):
+            return record
+        told = {**attack, "mask": str(attack["mask"]).replace(place, "")}
+        doubts = tuple(replace(doubt, explanation=doubt.explanation.replace(place, "")) for doubt in record.doubts)
+        return replace(record, settings={**record.settings, "attack": told}, doubts=doubts)
 
     def finished(self) -> dict[str, Record]:
         """The records of measured cells by key."""
@@ -288,6 +298,8 @@ class Worker:
                     **({"legal": legal} if cell.method_name in GUARDS else {}),
                 )  # fmt: skip
                 tensors = {**tensors, **protection.tensors}
+                if cell.method_name in GUARDS and not protection.frozen:
+                    raise UserError(f"{cell.method} freezes nothing: no tensor is as small as its budget; set a larger ratio")
                 facts = {
                     "seconds": time.perf_counter() - started,
                     "peak_memory_gb": peak_memory_gb(),
@@ -305,7 +317,7 @@ class Worker:
         }  # fmt: skip
         frozen = list(facts.get("frozen", ()))
         if frozen:
-            self._mask(cell)
+            self._mask(cell, anew=True)
         for record in protection_records(manifest, self.file, model=_model_label(cell), reference=self.spec.model):
             store.add(replace(record, details={**record.details, **self._frozen(frozen)}) if frozen else record)
         return f"{len(frozen)} tensors frozen" if frozen else f"{len(changed)} tensors"
@@ -319,17 +331,20 @@ class Worker:
         plot = depth_map(dict.fromkeys(frozen, 1.0), dict.fromkeys(shapes, 1.0), "Share of tensors that are frozen")
         return {"frozen": names, "frozen_shares": shares(frozen, shapes), "plots": [plot]}
 
-    def _mask(self, cell: Cell) -> Path:
-        """The file of a guard's mask, as somebody who honours it is handed it."""
+    def _mask(self, cell: Cell, *, anew: bool = False) -> Path:
+        """The file of a guard's mask, as somebody who honours it is handed it; ``anew`` where it has just been learnt."""
+        from safeweights.freezing.guard import shares, unet_shapes
+
         path = self.folder / "masks" / f"{cell.method}-seed-{cell.seed}-{cell.model_key[:12]}.json"
-        if path.is_file():
+        if path.is_file() and not anew:
             return path
         kept = self._protections.load(cell.model_key)
         if kept is None:
             raise UserError(f"the mask of {cell.title} is gone; delete the record of its protection")
-        settings = cell.method_settings
+        settings, frozen = cell.method_settings, frozenset(kept[1]["frozen"])
         mask = Mask(
-            frozen=frozenset(kept[1]["frozen"]), ratio=settings["ratio"], budget=settings["budget"], method=cell.method_name,
+            frozen=frozen, achieved=shares(frozen, unet_shapes(self.model)), ratio=settings["ratio"],
+            budget=settings["budget"], method=cell.method_name,
             illegal=cell.only or cell.concepts, legal=cell.legal, settings=settings, architecture=architecture(self.model),
             base_sha256=None if cell.start else cell.inputs["reference"],
             made={"seed": cell.seed, "command": ["safeweights", "bench"]},

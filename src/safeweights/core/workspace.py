@@ -82,7 +82,8 @@ class Workspace:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.safetensors"
-        partial = path.with_suffix(".partial")
+        # Workers of one benchmark may come to the same checkpoint at the same time.
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         header = {"facts": json.dumps(facts)} | ({"calls": str(self.meter.reached(str(path)))} if self.meter else {})
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, header)
         with partial.open("rb+") as file:

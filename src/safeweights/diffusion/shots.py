@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +81,10 @@ def with_drawn_folder(concept: Concept, model: DiffusionModel, sampling: Samplin
         first = generator("drawn", seed, concept.name).initial_seed() % 2**31
         images = generate(model, candidates_of(texts, range(first, first + n)), sampling)
         for i, image in enumerate(images):
-            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
-        partial = folder / "metadata.partial"
+            waiting = folder / f".{i:04}.{os.getpid()}.png"  # another worker may be at the same folder
+            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(waiting)
+            waiting.replace(folder / f"{i:04}.png")
+        partial = folder / f".metadata.{os.getpid()}.partial"
         with partial.open("w", newline="", encoding="utf-8") as written:
             csv.writer(written).writerows([("file_name", "prompt"), *((f"{i:04}.png", text) for i, text in enumerate(texts))])
         partial.replace(folder / "metadata.csv")

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safeweights.core.errors import UserError
 from safeweights.core.model import Conditioning, DiffusionModel
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import twice_differentiable
+from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.training import descend
-from safeweights.leakage.canonical import Factors
+from safeweights.leakage.canonical import Factors, canonical, digest
 from safeweights.leakage.encoders.gram import padded
 from safeweights.leakage.lora_bank import bank_on
 
@@ -33,7 +35,8 @@ class Matching:
     min over x, c:   1 - mean_l cos( -B_l, grad_{W_l} E || eps(x_t, t, c) - eps ||^2 A_l^T )
 
     From B = 0 a step of SGD makes B just that, times its rate, so the objective is 0 at the truth whatever A is. With ``merged``
-    the update's own row space stands for A, an orthonormal basis Q and dW Q^T for B: nothing then depends on the factors.
+    the update's own row space stands for A, an orthonormal basis Q and dW Q^T for B: nothing then depends on the factors, and the
+    objective at the truth is small instead of 0, since A's rows are only nearly orthogonal.
 
     Needs: factors or merged updates, and the base model.   Cost: ``steps`` passes forward and backward, differentiated once more.
     Differs from the reference code of arXiv:2409.08482: the gradient is differentiated itself (there the matching loss gives the
@@ -86,7 +89,10 @@ class Matching:
             descend(
                 dummies, lambda step: values_at(step).sum(), steps=self.steps, lr=self.lr, workspace=workspace,
                 description="matching gradients",
-                facts={**asdict(self), "update": float(sum(value.double().abs().sum() for value in wanted.values()))},
+                facts={
+                    **asdict(self), "prompt": prompt, "model": fingerprint(model),
+                    "adapters": digest([*rows.values(), *wanted.values()]),
+                },
             )  # fmt: skip
             # Draws that no step has used.
             last = torch.stack([values_at(self.steps + i).detach() for i in range(4)]).mean(0)
@@ -94,12 +100,25 @@ class Matching:
 
 
 def sides(adapters: Sequence[Factors], *, merged: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By layer: A (n, r, in) and B (n, out, r); with ``merged`` an orthonormal basis Q of the update's rows, and dW Q^T."""
+    """By layer: A (n, r, in) and B (n, out, r); with ``merged`` an orthonormal basis Q of the update's rows, and dW Q^T.
+
+    An adapter without a layer that others have has zeros there. Raises UserError for adapters without layers, and for layers of
+    the text encoder.
+    """
+    names = list(dict.fromkeys(name for item in adapters for name in item))
+    if not names:
+        raise UserError("gradient matching needs adapters that change something; these have no layers")
+    if strange := [name for name in names if not name.startswith("unet.")]:
+        raise UserError(f"gradient matching follows the denoiser's loss, and {strange[0]} is no layer of it; leave it out")
     rows, wanted = {}, {}
-    for name in adapters[0]:
+    for name in names:
         a, b = (part.float() for part in padded(adapters, name))
-        basis = torch.linalg.qr(a.mT).Q.mT
-        rows[name], wanted[name] = (basis, b @ (a @ basis.mT)) if merged else (a, b)
+        if merged:
+            token = canonical(a, b)
+            # Directions that carry nothing are rounding: a gradient seen through them would count for nothing.
+            there = (token.s > 1e-6 * token.s.amax(-1, keepdim=True))[..., None]
+            a, b = (token.v.mT * there).float(), (token.u * token.s[..., None, :]).float()
+        rows[name], wanted[name] = a, b
     return rows, wanted
 
 
@@ -122,7 +141,9 @@ def mismatch(
         predicted = model.eps(add_noise(model, clean, times, noise), times, Conditioning(states.repeat_interleave(each, 0)))
         loss = (predicted - noise).square().flatten(1).mean(1).sum() / each
         found = torch.autograd.grad(loss, [stack[f"{name}/up"] for name in rows], create_graph=True)
-    cosines = [
+    cosines = torch.stack([
         F.cosine_similarity(-wanted[name].flatten(1), slope.flatten(1), dim=1) for name, slope in zip(rows, found, strict=True)
-    ]
-    return 1 - torch.stack(cosines).mean(0)
+    ])  # fmt: skip
+    # Layers that an adapter leaves alone say nothing of it.
+    there = torch.stack([wanted[name].flatten(1).abs().amax(1) > 0 for name in rows]).to(cosines)
+    return 1 - (cosines * there).sum(0) / there.sum(0).clamp(min=1)

@@ -131,7 +131,7 @@ def check_file_target(target: str | Path, overwrite: bool) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file under a temporary name, sync and rename it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=2, ensure_ascii=False, allow_nan=False, default=str)
         file.write("\n")

@@ -120,17 +120,12 @@ class Relearn:
         tuned = self.finetune(model)
         shots = self._shots(model, concept, tuned, sampling, original, workspace)
         says = self._says(concept, None)
-        frozen = frozenset[str]()
-        if self.mask:
-            mask = read_mask(self.mask)
-            mask.check(model, self.mask)
-            frozen = mask.held
         return tuned.fit(
             model,
             shots,
             class_prompts=tuple(dict.fromkeys(concept.without(text) for text in concept.texts)),
             init=says(concept.anchor) if concept.anchor else "",
-            frozen=frozen,
+            frozen=self._frozen(model),
             checkpoints=self.checkpoints,
             seed=self.seed,
             workspace=workspace.child("relearn"),
@@ -145,8 +140,18 @@ class Relearn:
         workspace = (workspace or Workspace()).child("warm up")
         tuned = replace(self.finetune(model), steps=self.warm_up)
         shots = self._benign(model, concept, tuned, sampling, original, workspace)
-        (adapted,) = tuned.fit(model, shots, class_prompts=shots.captions, seed=self.seed, workspace=workspace)
+        (adapted,) = tuned.fit(
+            model, shots, class_prompts=shots.captions, frozen=self._frozen(model), seed=self.seed, workspace=workspace
+        )
         return adapted.apply(model)
+
+    def _frozen(self, model: DiffusionModel) -> frozenset[str]:
+        """What this fine-tuner leaves alone, benign steps included."""
+        if not self.mask:
+            return frozenset()
+        mask = read_mask(self.mask)
+        mask.check(model, self.mask)
+        return mask.held
 
     def finetune(self, model: DiffusionModel) -> FineTune:
         """The adaptation with this attack's settings, its preset by the model's size."""

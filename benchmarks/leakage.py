@@ -20,10 +20,12 @@ import torch
 import yaml
 from torch.nn import functional as F
 
+from safeweights.core.errors import UserError
 from safeweights.core.intervals import bootstrap_mean, wilson
 from safeweights.core.model import Conditioning, Sampling
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Lesson, Shots, fit, twice_differentiable
+from safeweights.diffusion.noise import generator
 from safeweights.diffusion.sampling import embed_all
 from safeweights.diffusion.shots import drawn_shots
 from safeweights.leakage import controls, defences, dp
@@ -42,6 +44,7 @@ from safeweights.leakage.sources import Drawn
 from safeweights.leakage.train import Encoders, Population, embed_pictures, gather, lengths, prompt_of, train
 from safeweights.models.door import open_model
 from safeweights.models.vision import Embedder
+from safeweights.release.output import write_json
 from safeweights.sandbox.files import weights_folder
 
 STAGES = (
@@ -68,8 +71,22 @@ class Bench:
     def everything(self) -> tuple[Encoders, Population]:
         if self._all is None:
             population = gather(self.model, self.source, self.plan, self.embedder, workspace=self.work)
-            self._all = Encoders.load(self.out / "encoders"), population
+            found = Encoders.load(self.out / "encoders")
+            if found.facts["plan"] != json.loads(json.dumps(asdict(self.plan))):
+                raise UserError(
+                    f"{self.out}/encoders were made under another plan, whose test people may have been trained on here; "
+                    "give the same options, or another folder"
+                )
+            self._all = found, population
         return self._all
+
+    def read(self, stage: str) -> dict[str, Any]:
+        """What another stage wrote."""
+        path = self.out / f"{stage}.json"
+        if not path.is_file():
+            raise UserError(f"{path} is not there; run --only {stage} first")
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return data
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Mean features in the encoders' space (N, D) of pictures (N, n, 3, H, W)."""
@@ -293,8 +310,9 @@ def defences_(bench: Bench) -> dict[str, Any]:
     result = {}
     for name, defend in defended(bench).items():
         kept = bench.out / "defences" / f"{name}.json"
-        if kept.is_file():
-            result[name] = json.loads(kept.read_text())
+        judged_on = {"drawn": len(judged), "members": len(asked), "test": len(made)}
+        if kept.is_file() and (before := json.loads(kept.read_text())).get("judged on") == judged_on:
+            result[name] = before
             continue
         items, learnt = [defend(item) for item in made], [defend(item) for item in known]
         answers = found.probe.ask(bench.model, items)
@@ -311,36 +329,38 @@ def defences_(bench: Bench) -> dict[str, Any]:
             "utility": told(utility),
             **{what: told(retrieval(cosines(rows.float(), found.gallery), own, permutations=200)) for what, rows in said.items()},
             "membership": members(bench, asked, items[: len(asked)], "class"),
+            "judged on": judged_on,
         }
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(result[name]))
+        write_json(kept, result[name])
         print(f"{name}: utility {utility.rank:.3f}", flush=True)
     return result
 
 
 def frontier(bench: Bench) -> dict[str, Any]:
-    """What the defences and private training leave of utility against what they let through, as a picture."""
-    known = {name: json.loads((bench.out / f"{name}.json").read_text()) for name in ("defences", "private", "prior")}
+    """What the defences leave of utility against what they let through, as a picture.
+
+    The attacker is the functional encoder, named before anything was measured: refitted on defended adapters where a defence can
+    be applied to finished ones, and as it is where adapters would have to be trained anew (DP-SGD, prior preservation).
+    """
+    known = {name: bench.read(name) for name in ("defences", "private", "prior")}
     points: dict[str, list[dict[str, Any]]] = {"leakage": [], "membership": []}
     for stage, rows in known.items():
         for name, row in rows.items():
-            if not isinstance(row, dict):
+            if not (isinstance(row, dict) and "utility" in row):
                 continue
-            best = max(value["rank"] for what, value in row.items() if what.startswith(("functional", "gram")))
-            label = {"private": f"DP-SGD, {name}", "prior": f"prior preservation, {name}"}.get(stage, name)
-            points["leakage"].append({"name": label, "x": row["utility"]["rank"], "y": best})
+            said = row["functional, refitted on defended" if stage == "defences" else "functional"]
+            label = {"private": f"DP-SGD, {name}, not refitted", "prior": f"prior, {name}, not refitted"}.get(stage, name)
+            points["leakage"].append({"name": label, "x": row["utility"]["rank"], "y": said["rank"]})
             points["membership"].append(
-                {"name": label, "x": row["utility"]["rank"], "y": row["membership"]["against same person"]["auc"]}
+                {"name": label, "x": row["utility"]["rank"], "y": row["membership"]["against other people"]["auc"]}
             )
-    labels = {
-        "leakage": "best encoder that knows the defence: rank", "membership": "membership, same person: AUC",
-    }  # fmt: skip
+    labels = {"leakage": "functional encoder: rank", "membership": "membership against other people: AUC"}
     plots = [
         {"kind": "scatter", "title": f"Utility against {what}", "x": {"label": "utility: rank under the true trigger"},
          "y": {"label": labels[what]}, "points": found}
         for what, found in points.items()
     ]  # fmt: skip
-    (bench.out / "frontier.json").write_text(json.dumps(plots))
     return {"plots": plots}
 
 
@@ -356,29 +376,33 @@ def matching(bench: Bench) -> dict[str, Any]:
             group = made[start : start + 4]
             items = [factors_of(item.phi) for item in group]
             place = bench.work.child(f"matching-{merged}-{start}")
+            told_ = {**asdict(settings), "seeds": [item.entry.seed for item in group]}
             kept = place.load("done")
-            if kept is None:
+            if kept is None or kept[1] != told_:
                 x_0, values = settings.invert(model, items, prompt_of(bench.source), workspace=place)
-                kept = {"x_0": x_0, "values": values}, {}
+                kept = {"x_0": x_0, "values": values}, told_
                 place.save("done", *kept)
             drawn.append(torch.stack([model.decode(rows).float().cpu() for rows in kept[0]["x_0"]]))
             reached += kept[0]["values"].tolist()
             x_0 = torch.stack([shots_of(model, bench.source, item.entry).x_0[:2] for item in group])
             states = embed_all(model, [item.entry.caption for item in group]).states
-            noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
+            noise = torch.randn((1, 2, *model.latent_shape), generator=generator("gradient matching", settings.seed))
+            noise = noise.repeat(len(group), 1, 1, 1, 1)  # where `invert` starts
             blank = embed_all(model, [prompt_of(bench.source)] * len(group)).states
             for into, pictures, words in ((truth, x_0, states), (before, noise, blank)):
+                values_ = torch.zeros(len(group))
                 for draw in range(4):
                     rng = torch.Generator().manual_seed(draw)
                     t = torch.randint(len(model.alpha), (4,), generator=rng)
                     eps = torch.randn(4, *model.latent_shape, generator=rng)
                     with twice_differentiable():
                         found_ = mismatch(model, *sides(items, merged=merged), pictures, words, t, eps)
-                    into += found_.detach().tolist()
+                    values_ += found_.detach() / 4
+                into += values_.tolist()
         features = bench.features(torch.cat(drawn).clamp(0, 1))
         result["updates alone" if merged else "factors"] = {
             **told(retrieval(cosines(features, found.gallery), own)), "settings": asdict(settings),
-            "objective": {"start": _mean(before), "reached": _mean(reached), "the training pictures and captions": _mean(truth)},
+            "objective": {"start": _mean(before), "reached": _mean(reached), "two training pictures, their caption": _mean(truth)},
         }  # fmt: skip
     return result
 
@@ -531,11 +555,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     if (spec := parser.parse_args().spec) is not None:
         known = {"also", *(action.dest for action in parser._actions if action.type is int)}
-        planned = yaml.safe_load(spec.read_text(encoding="utf-8"))["leakage"]
+        try:
+            planned = dict(yaml.safe_load(spec.read_text(encoding="utf-8"))["leakage"])
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+            parser.error(f"{spec} is no plan, a YAML file with the key 'leakage': {error!r}")
         if strange := sorted(set(planned) - known):
             parser.error(f"{spec}: unknown key {strange[0]!r}; known are {', '.join(sorted(known))}")
-        parser.set_defaults(**planned)
+        parser.set_defaults(**{key: value if key == "also" else int(value) for key, value in planned.items()})
     options = parser.parse_args()
+    if strange := sorted(set(options.only.split(",")) - set(STAGES)):
+        parser.error(f"unknown stage {strange[0]!r}; known are {', '.join(STAGES)}")
     options.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     stages = {name: globals()["defences_" if name == "defences" else name] for name in STAGES}
@@ -544,8 +573,12 @@ def main() -> None:
         if path.exists():
             continue
         started = time.perf_counter()
-        data = stages[name](bench)
-        path.write_text(json.dumps({**data, "seconds": time.perf_counter() - started}, indent=1) + "\n", encoding="utf-8")
+        try:
+            data = stages[name](bench)
+        except UserError as error:
+            parser.error(str(error))
+        told_ = {key: value for key, value in vars(options).items() if key not in ("output", "work", "spec", "only")}
+        write_json(path, {**data, "options": told_, "seconds": time.perf_counter() - started})
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

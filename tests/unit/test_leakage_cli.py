@@ -209,7 +209,7 @@ def test_a_lora_written_anew_is_the_same_update_without_its_header(
     width = dict(tiny_model.named_parameters())[convolution].shape
     factors[convolution] = torch.randn(2, width[1:].numel()), torch.randn(width[0], 2) * 0.1
     shapes = {name: tuple(value.shape) for name, value in tiny_model.named_parameters()}
-    for layout, name in (("peft", "pytorch_lora_weights.safetensors"), ("kohya", "mine.safetensors")):
+    for layout, name in (("peft", "pytorch_lora_weights.safetensors"), ("kohya", "lora.safetensors")):
         keys.write(factors, tmp_path / "mine.safetensors", layout=layout, metadata={"ss_comment": "Jane"}, shapes=shapes)
         out = tmp_path / layout
         given = "leakage", "defend", tmp_path / "mine.safetensors", "--base", tiny_sd(), "--json", "-o", out
@@ -230,12 +230,16 @@ def test_a_lora_written_anew_is_the_same_update_without_its_header(
         assert code == 0
         assert low < data["moved"] < high, extra
     # Noise that anybody could make again hides nothing.
-    noisy = [keys.read(out / "mine.safetensors", tiny_model).factors]
+    noisy = [keys.read(out / "lora.safetensors", tiny_model).factors]
     assert said(capsys, *given, "--overwrite", "--noise", 0.1)[0] == 0
-    noisy.append(keys.read(out / "mine.safetensors", tiny_model).factors)
+    noisy.append(keys.read(out / "lora.safetensors", tiny_model).factors)
     assert not torch.equal(noisy[0][convolution][0], noisy[1][convolution][0])
     assert run([*map(str, given[:-1]), str(tmp_path / "s"), "--seed", "1"]) == 2
     assert "--seed is that of --noise" in capsys.readouterr().err
+    held = (out / "lora.safetensors").read_bytes()
+    for value in ("1e39", "inf", "nan", "-1"):
+        assert run([*map(str, given), "--overwrite", "--noise", value]) == 2, value
+    assert (out / "lora.safetensors").read_bytes() == held
 
 
 def test_train_for_another_base_says_what_it_needs(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:

@@ -409,7 +409,7 @@ def test_encoders_learn_what_is_there(tiny_model: Any) -> None:
 
 
 def test_the_guessed_prompt_is_the_one_that_moves_most(tiny_model: Any) -> None:
-    """An adapter that listens to one direction of the text only is guessed by the text that has most of it."""
+    """Of three texts the one under which the adapter's predictions lie farthest from the base's, asked one at a time."""
     texts = ["a dog", "a red cat", "a boat"]
     items = [random_lora(tiny_model, seed=seed) for seed in (1, 2)]
     guesses = controls.guessed_prompts(tiny_model, items, texts, levels=(0.5,), inputs=1)

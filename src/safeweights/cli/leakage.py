@@ -13,6 +13,7 @@ import typer
 from safeweights.cli import options
 from safeweights.cli.common import full_command, hash_of, is_sandbox, say, speaking, workspace_in
 from safeweights.core.errors import UserError
+from safeweights.core.text import plain
 from safeweights.release.output import check_target, output_folder, write_json
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def defend(
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut every update to this rank.")] = None,
     bits: Annotated[int | None, typer.Option("--bits", min=2, max=16, help="Round factors to so many bits.")] = None,
     noise: Annotated[
-        float | None, typer.Option("--noise", min=0.0, help="Add normal noise, as a share of each factor's own size.")
+        float | None, typer.Option("--noise", min=0.0, max=10.0, help="Add normal noise, as a share of each factor's own size.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of the noise; whoever knows it can take the noise off. [default: the system's]")
@@ -270,25 +271,25 @@ def defend(
         if file.ignored:
             raise UserError(
                 f"{file.path} holds {len(file.ignored)} tensors that are no LoRA factors and would be left out, "
-                f"{file.ignored[0][:80]} the first; only plain LoRAs can be written anew"
+                f"{plain(file.ignored[0], 80)} the first; only plain LoRAs can be written anew"
             )
         factors: Any = defences.refactor(file.factors)
         if rank is not None:
             factors = defences.truncate(factors, rank)
-        if bits is not None:
-            factors = defences.quantise(factors, bits)
         if noise is not None:
             factors = defences.add_noise(factors, noise, seed=secrets.randbits(62) if seed is None else seed)
-        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-        name = file.path.name if file.layout == "kohya" else keys.FILES[0]
-        chosen = {"lora": str(lora), "base": base, "rank": rank, "bits": bits, "noise": noise}
-        with output_folder(output, overwrite=overwrite, options=chosen) as out:
-            keys.write(factors, out.folder / name, layout=file.layout, shapes=shapes)
+        if bits is not None:
+            factors = defences.quantise(factors, bits)
+        moved = defences.difference(file.factors, factors)
         before, after = (
             sum(effective_rank(token.s) for token in tokens(item).values()) / len(item) for item in (file.factors, factors)
         )
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        name = "lora.safetensors" if file.layout == "kohya" else keys.FILES[0]  # the name of a file tells, too
+        chosen = {"lora": str(lora), "base": base, "rank": rank, "bits": bits, "noise": noise}
+        with output_folder(output, overwrite=overwrite, options=chosen) as out:
+            keys.write(factors, out.folder / name, layout=file.layout, shapes=shapes)
         dropped = sorted(key for key in file.metadata if key != "format")
-        moved = defences.difference(file.factors, factors)
         show(
             {
                 "output": str(output / name), "layout": file.layout, "moved": moved, "effective_rank": [before, after],
@@ -296,7 +297,7 @@ def defend(
             },
             f"{file.path.name}: the update moved by {moved:.1%} of its norm; effective rank {before:.1f} -> {after:.1f}",
             f"{len(dropped)} entries of the header dropped" if dropped else "its header told nothing",
-            f"LoRA: {output / name}; 'safeweights leakage audit' says what it still tells",
+            f"LoRA, in float32: {output / name}; 'safeweights leakage audit' says what it still tells",
         )  # fmt: skip
 
 

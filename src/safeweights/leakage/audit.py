@@ -23,7 +23,7 @@ from safeweights.leakage.generator import reconstruct
 from safeweights.leakage.membership import Copies, Membership, copied, judge, losses
 from safeweights.leakage.metrics import cosines, percentile_ranks
 from safeweights.leakage.train import Encoders, embed_pictures
-from safeweights.leakage.verdict import Finding, decide
+from safeweights.leakage.verdict import Finding, decide, judges
 from safeweights.models.vision import Embedder
 from safeweights.records.record import Measurement
 
@@ -234,8 +234,8 @@ def _ask(
                     why=str(file.path),
                 )
             )
-    trusted = [trust.encoder for trust in encoders.trusts if trust.passed]
-    best = trusted[0] if trusted else encoders.names[-1]
+    trusted = judges(encoders.trusts, answers)
+    best = trusted[0].encoder if trusted else encoders.names[-1]
     found.reconstructions = reconstruct(model, encoders.slot, answers[best].float(), n=4, seed=seed)
     found.notes.append(f"pictures are what the {best} encoder reads, drawn by the base model without the adapter")
     if embedder is not None and images is not None:

@@ -14,7 +14,7 @@ What a header says in plain words is no measurement of the weights: it is told b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -120,6 +120,15 @@ class Finding:
     power: str
 
 
+def judges(trusts: Sequence[Trust], asked: Collection[str]) -> list[Trust]:
+    """Those that may judge among the encoders asked, the first of whom does.
+
+    Which encoder judges is settled by the test people, before the file is looked at: several would add their false alarms.
+    """
+    passed = (trust for trust in trusts if trust.passed and trust.encoder in asked)
+    return sorted(passed, key=lambda trust: -trust.interval[0])
+
+
 def decide(
     trusts: Sequence[Trust],
     lengths: Mapping[str, Sequence[float]],
@@ -132,10 +141,7 @@ def decide(
 
     ``missing`` says why no encoder judged. Identity goes before images: who leaks a person leaks more than a picture's presence.
     """
-    # Which encoder judges is settled by the test people, before the file is looked at: several would add their false alarms.
-    passed = sorted(
-        (trust for trust in trusts if trust.passed and trust.encoder in lengths), key=lambda trust: -trust.interval[0]
-    )
+    passed = judges(trusts, lengths)
     power = _power(trusts, lengths, passed, missing)
     if membership is not None:
         power += f"; membership over {membership.members} pictures against {membership.others} others"

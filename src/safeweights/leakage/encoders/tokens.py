@@ -105,7 +105,8 @@ class Tokens:
     centre: Tensor
     scales: Tensor
     """Root mean square of the training adapters' tokens, by layer: an answer must not depend on who else is asked."""
-    timestep: bool
+    usual: int | None
+    """The median fine-tuning step it learnt from, told where nobody knows; None without the timestep paradigm."""
     length: float
     """Makes training adapters' answers as long, on average, as targets are: cosines alone set none."""
 
@@ -159,14 +160,17 @@ class Tokens:
         )  # fmt: skip
         net.eval().requires_grad_(False)
         length = (targets.float() - centre).norm(dim=1).mean() / net(ready.u, ready.s, told).norm(dim=1).mean()
-        return cls(shapes, rank, net, centre, scales, told is not None, float(length))
+        usual = None if told is None else int(told.median())
+        return cls(shapes, rank, net, centre, scales, usual, float(length))
 
     @torch.no_grad()
     def predict(self, adapters: Sequence[Factors], fine_tuning_steps: Sequence[int] | None = None) -> Tensor:
         """Targets (m, D), their length less sure than their direction; ``fine_tuning_steps`` for an encoder fitted with them."""
         items = [completed(item, self.shapes) for item in adapters]
         ready = prepare(items, tuple(self.shapes), self.rank).over(self.scales)
-        steps = torch.as_tensor(list(fine_tuning_steps)) if self.timestep and fine_tuning_steps is not None else None
+        steps = None
+        if self.usual is not None:
+            steps = torch.as_tensor(list(fine_tuning_steps) if fine_tuning_steps is not None else [self.usual] * len(adapters))
         found: Tensor = (self.length * self.net(ready.u, ready.s, steps) + self.centre).double()
         return found
 
@@ -176,7 +180,7 @@ class Tokens:
 
     def facts(self) -> dict[str, Any]:
         """What a file must say besides tensors."""
-        return {"shapes": dict(self.shapes), "rank": self.rank, "timestep": self.timestep, "length": self.length}
+        return {"shapes": dict(self.shapes), "rank": self.rank, "usual": self.usual, "length": self.length}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tokens:
@@ -187,4 +191,5 @@ class Tokens:
         net.load_state_dict(state)
         net.eval().requires_grad_(False)
         parts = tensors["centre"].float(), tensors["scales"].float()
-        return cls(shapes, rank, net, *parts, bool(facts["timestep"]), float(facts["length"]))
+        usual = None if facts["usual"] is None else int(facts["usual"])
+        return cls(shapes, rank, net, *parts, usual, float(facts["length"]))

@@ -22,6 +22,7 @@ from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.training import descend
 from safeweights.leakage.canonical import Factors, Shapes, completed, digest, shapes_of
+from safeweights.leakage.defences import truncate
 from safeweights.leakage.encoders.gram import padded
 from safeweights.leakage.encoders.tokens import steps_embedding
 from safeweights.leakage.lora_bank import bank_on
@@ -204,7 +205,7 @@ class VNAE:
 
 
 def _stacked(batch: Sequence[Factors], layers: Sequence[str], rank: int) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, A, B) of every layer at one rank: lower ones and absent layers filled up with zeros, higher ones cut."""
+    """(name, A, B) of every layer at one rank, lower ones filled up with zeros."""
     found = []
     for name in layers:
         a, b = (part.float() for part in padded(batch, name))
@@ -240,7 +241,9 @@ class Fitted:
         steps = None
         if self.settings.timestep:
             steps = torch.as_tensor(list(fine_tuning_steps) if fine_tuning_steps is not None else [self.usual] * len(adapters))
-        items = [completed(item, self.shapes) for item in adapters]
+        # A higher rank than it learnt from is cut by singular values, not by rows.
+        small = [item if all(len(a) <= self.rank for a, _ in item.values()) else truncate(item, self.rank) for item in adapters]
+        items = [completed(item, self.shapes) for item in small]
         mu, _ = self.net(matrices(items, tuple(self.shapes), self.rank), steps)
         found: Tensor = mu
         return found

@@ -402,7 +402,7 @@ def matching(bench: Bench) -> dict[str, Any]:
         features = bench.features(torch.cat(drawn).clamp(0, 1))
         result["updates alone" if merged else "factors"] = {
             **told(retrieval(cosines(features, found.gallery), own)), "settings": asdict(settings),
-            "objective": {"start": _mean(before), "reached": _mean(reached), "two training pictures, their caption": _mean(truth)},
+            "objective": {"start": _mean(before), "reached": _mean(reached), "two training pictures, caption": _mean(truth)},
         }  # fmt: skip
     return result
 

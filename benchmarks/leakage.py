@@ -350,7 +350,7 @@ def frontier(bench: Bench) -> dict[str, Any]:
             if not (isinstance(row, dict) and "utility" in row):
                 continue
             said = row["functional, refitted on defended" if stage == "defences" else "functional"]
-            label = {"private": f"DP-SGD, {name}, not refitted", "prior": f"prior, {name}, not refitted"}.get(stage, name)
+            label = {"private": f"DP, {name}, not refitted", "prior": f"prior, {name}, not refitted"}.get(stage, name)
             points["leakage"].append({"name": label, "x": row["utility"]["rank"], "y": said["rank"]})
             points["membership"].append(
                 {"name": label, "x": row["utility"]["rank"], "y": row["membership"]["against other people"]["auc"]}

@@ -147,3 +147,17 @@ def test_odd_ranges_are_drawn(values: list[float]) -> None:
         assert "nan" not in str(draw(spec, "p"))
     assert "nan" not in str(draw({**BARS, "bars": [{"name": "b", "value": v} for v in values]}, "p"))
     assert "nan" not in str(draw({**HEAT, "rows": ["r"], "columns": list(map(str, values)), "values": [values]}, "p"))
+
+
+def test_names_of_dots_in_one_place_do_not_cover_each_other() -> None:
+    points = [{"name": f"method number {i}", "x": 0.5 + 0.001 * i, "y": 0.9} for i in range(8)]
+    drawn = str(draw({"kind": "scatter", "title": "t", "x": {"label": "x"}, "y": {"label": "y"}, "points": points}, "p"))
+    svg = drawn.partition("<svg")[2].partition("</svg>")[0]
+    places = [
+        (float(x), float(y), anchor)
+        for x, y, anchor in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)" opacity="\.85">method', svg)
+    ]
+    assert len(places) == len(points)
+    boxes = [(x, x + 105, y) if anchor == "start" else (x - 105, x, y) for x, y, anchor in places]
+    for i, (left, right, y) in enumerate(boxes):
+        assert all(abs(y - other) >= 12 or right <= a or b <= left for a, b, other in boxes[:i])

@@ -28,6 +28,8 @@ WIDTH = 580.0
 COLOURS = ("#0b6aa8", "#b3530a", "#177a5b", "#8a4a9e", "#6b6f16", "#b03060", "#3c5fb5", "#6d5546")
 """Fallbacks of --plot-1 … --plot-8."""
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
+LINE, LETTER = 15.0, 7.0
+"""Height of a line of text and the mean width of a letter, in the units of a drawing."""
 SERIES, POINTS, CELLS, BARS, LABELS, ROWS = 16, 2000, 60, 60, 40, 400
 """The most that is drawn of series, points, rows and columns of a map, bars, labelled points and table rows; a cut is said."""
 
@@ -238,6 +240,36 @@ def _apart(wanted: Sequence[float], gap: float, top: float, bottom: float) -> li
     return placed
 
 
+def _beside(
+    names: Sequence[str], dots: Sequence[tuple[float, float]], box: tuple[float, float, float, float]
+) -> list[tuple[float, float, str]]:
+    """Where the name of each dot stands, (x, y of the baseline, text-anchor): beside it, else the nearest free place above or
+    below, on either side. Where nothing is free it stands beside its dot."""
+    taken = [(left - 4, top - 4, left + 4, top + 4) for left, top in dots]
+    placed = []
+    for name, (left, top) in zip(names, dots, strict=False):
+        width = LETTER * len(name)
+        places = [
+            (left + side * 7, top + 4 + step * LINE, "start" if side > 0 else "end")
+            for step in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, 6, 7, 8)
+            for side in (1, -1)
+        ]
+
+        def area(place: tuple[float, float, str], width: float = width) -> tuple[float, float, float, float]:
+            start = place[0] if place[2] == "start" else place[0] - width
+            return start, place[1] - LINE + 3, start + width, place[1] + 2
+
+        def free(place: tuple[float, float, str]) -> bool:
+            a = area(place)
+            inside = a[0] >= box[0] and a[2] <= WIDTH and a[1] >= box[1] - LINE and a[3] <= box[3]
+            return inside and all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for b in taken)
+
+        found = next((place for place in places if free(place)), places[0])
+        taken.append(area(found))
+        placed.append(found)
+    return placed
+
+
 # ------------------------------------------------------------------------------------------------------------- kinds
 
 
@@ -334,10 +366,15 @@ def _scatter(spec: dict[str, Any]) -> _Drawing:
     y = _linear((b for *_, b in found), box[3], box[1])
     labels = (_label(spec, "x"), _label(spec, "y"))
     body = _frame(x, y, box, labels)
-    for place, (name, a, b) in enumerate(shown):
-        body.append(_mark(0, x.at(a), y.at(b), 4))
-        if place < LABELS and len(shown) <= 2 * LABELS:
-            body.append(f'<text x="{x.at(a) + 7:.1f}" y="{y.at(b) + 4:.1f}" opacity=".85">{escape(name)}</text>')
+    dots = [(x.at(a), y.at(b)) for _, a, b in shown]
+    body += [_mark(0, left, top, 4) for left, top in dots]
+    if len(shown) <= 2 * LABELS:
+        names = [name for name, *_ in shown[:LABELS]]
+        for name, dot, (left, top, anchor) in zip(names, dots, _beside(names, dots, box), strict=False):
+            if abs(top - 4 - dot[1]) > LINE:  # too far from its dot to be taken for its name
+                ends = f'x1="{dot[0]:.1f}" y1="{dot[1]:.1f}" x2="{left:.1f}" y2="{top - 4:.1f}"'
+                body.append(f'<line {ends} stroke="currentColor" stroke-opacity=".35"/>')
+            body.append(f'<text x="{left:.1f}" y="{top:.1f}" text-anchor="{anchor}" opacity=".85">{escape(name)}</text>')
     told = f"{len(found)} points, {labels[1] or 'y'} against {labels[0] or 'x'}. " + " ".join(
         f"{name or 'point'}: {number(a)}, {number(b)}." for name, a, b in found[:20]
     )

@@ -416,8 +416,9 @@ def test_guards_hand_their_mask_to_those_who_fine_tune(tmp_path: Path) -> None:
     for record in records:
         settings = record.settings.get("attack", {})
         if record.attack == "full":
-            assert not Path(settings["mask"]).is_absolute()
-            mask = read_mask(folder / settings["mask"])
+            assert settings["mask"] == f"the mask of {record.method}"
+            assert not Path(record.details["mask"]).is_absolute()
+            mask = read_mask(folder / record.details["mask"])
             assert mask.frozen == masks[record.method, record.seed]
             assert mask.legal == ("harmless",)
             assert mask.achieved["tensors"] == record.details.get("frozen_shares", mask.achieved)["tensors"]

@@ -214,13 +214,18 @@ class CellStore(Store):
         return path
 
     def _inside(self, record: Record) -> Record:
-        """The record with the mask that its attacker honoured named from this folder: where that lies is nobody's business."""
+        """The record of an attacker who honours a guard's mask: the guard named in its settings, which all seeds then share, the
+        mask's file among its details, by its place in this folder."""
         attack, place = record.settings.get("attack", {}), f"{self.folder}/"
-        if place not in str(attack.get("mask", "")):
+        path = str(attack.get("mask", ""))
+        if self.cell is None or place not in path:
             return record
-        told = {**attack, "mask": str(attack["mask"]).replace(place, "")}
-        doubts = tuple(replace(doubt, explanation=doubt.explanation.replace(place, "")) for doubt in record.doubts)
-        return replace(record, settings={**record.settings, "attack": told}, doubts=doubts)
+        named = f"the mask of {self.cell.method}"
+        doubts = tuple(replace(doubt, explanation=doubt.explanation.replace(path, named)) for doubt in record.doubts)
+        return replace(
+            record, settings={**record.settings, "attack": {**attack, "mask": named}}, doubts=doubts,
+            details={**record.details, "mask": path.replace(place, "")},
+        )  # fmt: skip
 
     def finished(self) -> dict[str, Record]:
         """The records of measured cells by key."""
@@ -319,17 +324,20 @@ class Worker:
         if frozen:
             self._mask(cell, anew=True)
         for record in protection_records(manifest, self.file, model=_model_label(cell), reference=self.spec.model):
-            store.add(replace(record, details={**record.details, **self._frozen(frozen)}) if frozen else record)
+            store.add(
+                replace(record, details={**record.details, **self._frozen(frozen, cell, record.concept)}) if frozen else record
+            )
         return f"{len(frozen)} tensors frozen" if frozen else f"{len(changed)} tensors"
 
-    def _frozen(self, names: Sequence[str]) -> dict[str, Any]:
-        """What a record says of a mask: its names, its shares and where it lies."""
+    def _frozen(self, names: Sequence[str], cell: Cell, concept: str) -> dict[str, Any]:
+        """What a concept's record says of a mask: its names and shares, and, once for all of a group, where it lies."""
         from safeweights.freezing.guard import shares, unet_shapes
         from safeweights.records.depth_map import depth_map
 
         shapes, frozen = unet_shapes(self.model), frozenset(names)
-        plot = depth_map(dict.fromkeys(frozen, 1.0), dict.fromkeys(shapes, 1.0), "Share of tensors that are frozen")
-        return {"frozen": names, "frozen_shares": shares(frozen, shapes), "plots": [plot]}
+        title = f"Share of tensors that {cell.method} freezes, seed {cell.seed}"
+        plots = [depth_map(dict.fromkeys(frozen, 1.0), dict.fromkeys(shapes, 1.0), title)] if concept == cell.concepts[0] else []
+        return {"frozen": names, "frozen_shares": shares(frozen, shapes), "plots": plots}
 
     def _mask(self, cell: Cell, *, anew: bool = False) -> Path:
         """The file of a guard's mask, as somebody who honours it is handed it; ``anew`` where it has just been learnt."""

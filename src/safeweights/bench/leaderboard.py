@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safeweights.bench.masks import mask_table
-from safeweights.bench.resistance import resistance_table, resistances
+from safeweights.bench import masks
+from safeweights.bench.masks import mask_rows, mask_table
+from safeweights.bench.resistance import resistance_sections, resistance_table, resistances
 from safeweights.core.intervals import wilson
 from safeweights.records.record import Measurement, Record
 from safeweights.report.plots import draw
@@ -101,11 +102,22 @@ def leaderboard(
 
 
 def leaderboard_page(
-    records: Sequence[Record], *, methods: Sequence[str], concepts: Sequence[str], attacks: Sequence[str], total: int
+    records: Sequence[Record],
+    *,
+    methods: Sequence[str],
+    concepts: Sequence[str],
+    attacks: Sequence[str],
+    total: int,
+    benign: Sequence[str] = (),
+    baselines: Mapping[str, str] | None = None,
 ) -> str:
     """The same as an HTML page that needs nothing else, with tables that can be sorted; ``total`` cells are to be measured."""
     from safeweights.report.page import environment, own_files
 
+    baselines = baselines or {}
+    relearnt = resistance_sections(resistances(records, baselines, concepts=concepts, benign=benign), baselines)
+    frozen = mask_rows(records, methods)
+    records = [record for record in records if record.concept not in benign]
     found, means = _ranked(records, methods, concepts, attacks)
     means = [mean for mean in means if mean["concepts"]]
     best = next((mean for mean in means if mean["strongest"] is not None and mean["method"] != "none"), None)
@@ -117,6 +129,7 @@ def leaderboard_page(
         done=len(records) - failed, total=total, failed=failed,
         means=[_mean_row(mean, attacks) for mean in means],
         rows=[_row(line, attacks) for line in found],
+        relearnt=relearnt, masks=[(masks.TOLD, frozen)] if frozen else [],
         plots=[draw(spec, f"plot-{number}") for number, spec in enumerate(filter(None, _plots(found, means)), start=1)],
     )  # fmt: skip
 

@@ -9,9 +9,20 @@ from safeweights.records.mask import overlap
 from safeweights.records.record import Record
 from safeweights.report.tables import markdown
 
+TOLD = (
+    "Shares of the UNet's tensors and parameters that are frozen. Who fine-tunes a guard's model is taken to honour its mask. "
+    "The Jaccard index is the mean over pairs of seeds; chance is that of random masks of as many tensors."
+)
+
 
 def mask_table(records: Sequence[Record], methods: Sequence[str]) -> str:
-    """Shares frozen and the mean Jaccard index over pairs of seeds, one row for each guard and group; "" where nobody froze."""
+    """`mask_rows` as Markdown; "" where nobody froze."""
+    rows = mask_rows(records, methods)
+    return f"## Masks\n\n{TOLD}\n\n{markdown(rows)}" if rows else ""
+
+
+def mask_rows(records: Sequence[Record], methods: Sequence[str]) -> list[dict[str, str]]:
+    """Shares frozen and the mean Jaccard index over pairs of seeds, one row for each guard and group."""
     found: dict[tuple[str, str], dict[int, Record]] = {}
     for record in records:
         if record.kind == "protect" and record.status == "ok" and record.details.get("frozen"):
@@ -34,10 +45,4 @@ def mask_table(records: Sequence[Record], methods: Sequence[str]) -> str:
             "Jaccard over seeds": f"{sum(pairs) / len(pairs):.2f}" if pairs else "–",
             "chance": f"{share / (2 - share):.2f}",
         })  # fmt: skip
-    if not rows:
-        return ""
-    told = (
-        "Shares of the UNet's tensors and parameters that are frozen. Who fine-tunes a guard's model is taken to honour its "
-        "mask. The Jaccard index is the mean over pairs of seeds; chance is that of random masks of the same size."
-    )
-    return f"## Masks\n\n{told}\n\n{markdown(rows)}"
+    return rows

@@ -84,23 +84,28 @@ def resistances(
     return rows
 
 
-def resistance_table(rows: Sequence[Resistance], baselines: Mapping[str, str]) -> str:
-    """The rows as Markdown, and below each method's worst case over the attacks; "" for none."""
+def resistance_sections(rows: Sequence[Resistance], baselines: Mapping[str, str]) -> list[tuple[str, list[dict[str, str]]]]:
+    """What introduces each table, and its rows: every method, the highest against the others, the worst cases; none for none."""
     if not rows:
-        return ""
-    parts = [
-        "## Re-learning",
+        return []
+    sections = [(
         "SGR is the share of likeness to the concept's pictures that the method takes from re-learning, the mean over "
         "checkpoints (step 0 apart); MSGR its mean over concepts; MRSGR is MSGR less the SGR of benign users. In brackets the "
         "95 % bootstrap interval over prompts. Each is relative to the method named under “against”. Steps to recovery: until a "
         "concept is drawn half as often as before protection, the fewest over seeds.",
-        markdown([_row(row, baselines) for row in rows]),
-    ]
+        [_row(row, baselines) for row in rows],
+    )]  # fmt: skip
     if apart := _apart(rows):
-        parts += ["The highest MSGR under each attack, less the others', paired by prompt:", markdown(apart)]
+        sections.append(("The highest MSGR under each attack, less the others', paired by prompt:", apart))
     if len({row.attack for row in rows}) > 1:
-        parts += ["The worst case over the attacks:", markdown(_worst(rows))]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+        sections.append(("The worst case over the attacks:", _worst(rows)))
+    return sections
+
+
+def resistance_table(rows: Sequence[Resistance], baselines: Mapping[str, str]) -> str:
+    """`resistance_sections` as Markdown; "" for none."""
+    parts = [part for told, found in resistance_sections(rows, baselines) for part in (told, markdown(found))]
+    return "\n\n".join(part.strip() for part in ["## Re-learning", *parts]) + "\n" if parts else ""
 
 
 def _gap(without: Mapping[int, Record], with_: Mapping[int, Record]) -> Gap | None:

@@ -102,7 +102,7 @@ def _write(job: Job) -> tuple[Path, Path]:
     from safeweights.report.page import write_page, write_report
 
     records = job.records()
-    named: dict[str, list[str]] = {
+    named: dict[str, Any] = {
         "methods": [entry.title for entry in job.spec.methods],
         "concepts": list(job.spec.concepts),
         "attacks": [entry.title for entry in job.spec.attacks],
@@ -110,8 +110,8 @@ def _write(job: Job) -> tuple[Path, Path]:
     board = write_page(
         job.folder / "leaderboard.md", leaderboard(records, **named, benign=job.spec.benign, baselines=job.spec.baselines())
     )
-    judged = [record for record in records if record.concept not in job.spec.benign]
-    write_page(job.folder / "leaderboard.html", leaderboard_page(judged, **named, total=len(job.cells)))
+    more: dict[str, Any] = {"benign": job.spec.benign, "baselines": job.spec.baselines(), "total": len(job.cells)}
+    write_page(job.folder / "leaderboard.html", leaderboard_page(records, **named, **more))
     return board, write_report(job.folder, records)
 
 

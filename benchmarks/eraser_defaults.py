@@ -50,9 +50,10 @@ def main() -> None:
             distance = frechet_distance(drawn, before, features).value
             pictures = [float(seen) for shown in others.values() for seen in shown]
             harmed = ", ".join(f"{other} {sum(shown)}/{len(shown)}" for other, shown in others.items() if not all(shown))
+            apart = "–" if distance is None else f"{distance:.3f}"
             print(
                 f"| {told} | {name} | {rate:.2f} | {sum(pictures) / len(pictures):.2f} | {harmed} "
-                f"| {distance:.3f} | {protection.cost.get('loss', float('nan')):.4f} | {seconds:.0f} |",
+                f"| {apart} | {protection.cost.get('loss', float('nan')):.4f} | {seconds:.0f} |",
                 flush=True,
             )
 

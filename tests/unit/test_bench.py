@@ -20,7 +20,7 @@ import yaml
 import factories
 import folders
 from safeweights.bench.cells import Worker
-from safeweights.bench.leaderboard import leaderboard, lines
+from safeweights.bench.leaderboard import leaderboard, leaderboard_page, lines
 from safeweights.bench.resistance import resistance_table, resistances
 from safeweights.bench.runner import Outcome, prepare, run
 from safeweights.bench.spec import Bench, load_bench
@@ -437,6 +437,14 @@ def test_guards_hand_their_mask_to_those_who_fine_tune(tmp_path: Path) -> None:
     )
     assert "| 2 | 0.298 |" in random  # 0.3 of the tiny UNet
     assert "| 1.00 |" in attention  # every seed freezes the same
+    page = leaderboard_page(
+        records, methods=["random", "xattn"], concepts=spec.concepts, attacks=["full"], total=1, benign=spec.benign,
+        baselines=spec.baselines(),
+    )  # fmt: skip
+    assert ">Re-learning</h2>" in page
+    assert ">Masks</h2>" in page
+    assert "Jaccard over seeds" in page
+    assert "harmless" not in page.partition(">Re-learning</h2>")[0]
 
 
 def test_what_a_guard_leaves_to_be_learnt_decides_its_cells(tmp_path: Path) -> None:

@@ -29,6 +29,13 @@ def steps_embedding(steps: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
+def kept_network(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], Shapes, int]:
+    """Of a kept encoder: its network's state, the shapes of the layers it reads, and their rank."""
+    state = {key.removeprefix("net/"): value.float() for key, value in tensors.items() if key.startswith("net/")}
+    shapes = {name: (int(width), int(out)) for name, (width, out) in facts["shapes"].items()}
+    return state, shapes, int(facts["rank"])
+
+
 class Mixer(nn.Module):
     """Layer tokens (B, layers, rank, out + in) to targets: a hidden layer each, embeddings, two transformer layers."""
 
@@ -185,8 +192,7 @@ class Tokens:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tokens:
         """The inverse of `tensors` and `facts`."""
-        state = {key.removeprefix("net/"): value.float() for key, value in tensors.items() if key.startswith("net/")}
-        shapes, rank = {name: (int(width), int(out)) for name, (width, out) in facts["shapes"].items()}, int(facts["rank"])
+        state, shapes, rank = kept_network(tensors, facts)
         net = Mixer([width + out for width, out in shapes.values()], rank, len(state["out.bias"]))
         net.load_state_dict(state)
         net.eval().requires_grad_(False)

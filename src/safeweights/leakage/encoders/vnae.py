@@ -24,7 +24,7 @@ from safeweights.diffusion.training import descend
 from safeweights.leakage.canonical import Factors, Shapes, completed, digest, shapes_of
 from safeweights.leakage.defences import truncate
 from safeweights.leakage.encoders.gram import padded
-from safeweights.leakage.encoders.tokens import steps_embedding
+from safeweights.leakage.encoders.tokens import kept_network, steps_embedding
 from safeweights.leakage.lora_bank import bank_on
 
 Draw = Callable[[int, torch.Generator], Tensor]
@@ -267,9 +267,8 @@ class Fitted:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Fitted:
         """The inverse of `tensors` and `facts`."""
-        state = {key.removeprefix("net/"): value.float() for key, value in tensors.items() if key.startswith("net/")}
-        settings, rank = VNAE(**facts["settings"]), int(facts["rank"])
-        shapes = {name: (int(inner), int(out)) for name, (inner, out) in facts["shapes"].items()}
+        state, shapes, rank = kept_network(tensors, facts)
+        settings = VNAE(**facts["settings"])
         lengths = [side for pair in shapes.values() for side in pair]
         slots, width = state["task"].shape
         net = Network(

@@ -3,7 +3,8 @@
     python benchmarks/prune_strength.py --concepts emblem mosaic --try p-esd:budget=0.01 p-ac:budget=0.02,steps=100 -o runs/prune
 
 One row for each concept and each ``METHOD:key=value,…``. Banks of latents are kept under ``-o`` and shared by rows whose settings
-allow it. Prints a Markdown table; the defaults of `p-esd` and `p-ac` were chosen by it.
+allow it. ``--attacks soft-prompt:images=4,steps=10`` also meets the model with live attacks on the same prompts. Any eraser may
+stand beside the pruned ones. Prints a Markdown table; the defaults of `p-esd` and `p-ac` were chosen by it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from eraser_defaults import configured
 from esd_strength import rates
 
+from safeweights.audit.audit import Names, audit
+from safeweights.core.model import Sampling
 from safeweights.core.table import ERASERS, configure, parse_settings, resolve
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
@@ -28,10 +33,12 @@ def main() -> None:
     parser.add_argument("--try", dest="tried", nargs="+", required=True, metavar="METHOD:key=value,…")
     parser.add_argument("--n", type=int, default=16, help="judged pictures of the concept")
     parser.add_argument("--retain-n", type=int, default=2, help="judged pictures of every other concept")
+    parser.add_argument("--attacks", nargs="*", default=[], metavar="NAME:key=value,…", help="live attacks on n tuning prompts")
     parser.add_argument("--output", "-o", type=Path, required=True)
     options = parser.parse_args()
     file, model = sandbox_concepts(), open_model("sandbox", device="cpu")
-    print("| concept | method and settings | rate | kept | harmed | moved (L2) | seconds |\n|---|---|---|---|---|---|---|")
+    columns = ["concept", "method and settings", "rate", *options.attacks, "kept", "harmed", "moved (L2)", "seconds"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for tried in options.tried:
         name, _, given = tried.partition(":")
         method = configure(resolve(ERASERS, name, "method"), parse_settings(part for part in given.split(",") if part))
@@ -45,7 +52,19 @@ def main() -> None:
             others = rates(protected, file, [other for other in file.concepts if other != concept], options.retain_n)
             harmed = ", ".join(f"{other} {value:.2f}" for other, value in others.items() if value < 1)
             kept, moved = math.fsum(others.values()) / len(others), protection.cost.get("moved", float("nan"))
-            print(f"| {concept} | {tried} | {rate:.2f} | {kept:.3f} | {harmed} | {moved:.1f} | {seconds:.0f} |", flush=True)
+            own = replace(file.concepts[concept], test_prompts=())
+            fallen = [
+                audit(
+                    protected, model, own, configured(told), names=Names(model=tried, reference="sandbox"),
+                    sampling=Sampling(**file.generation), seed=7000, n=options.n,
+                ).details["asr"]["rate"]
+                for told in options.attacks
+            ]  # fmt: skip
+            attacked = "".join(f" {share:.2f} |" for share in fallen)
+            print(
+                f"| {concept} | {tried} | {rate:.2f} |{attacked} {kept:.3f} | {harmed} | {moved:.1f} | {seconds:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

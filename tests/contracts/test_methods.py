@@ -172,3 +172,15 @@ def test_uce_sends_the_concept_to_its_anchor_and_keeps_what_is_retained(tiny_mod
     boat = tiny_model.embed(retain).states[0, end]
     assert (new @ dog - old @ cat).norm() < 0.05 * (old @ dog - old @ cat).norm()
     assert (new @ boat - old @ boat).norm() < 0.05 * (old @ boat).norm()
+
+
+@pytest.mark.parametrize("name", ["p-esd", "p-ac", "esd"])
+def test_a_mask_learned_under_attack_has_the_same_budget_and_other_places(tiny_model: Any, name: str) -> None:
+    settings: dict[str, Any] = {"budget": 0.01, "steps": 5, "ramp": 1}
+    attack = {"attack_steps": 3, "attack_lr": 0.1}
+    if name == "esd":  # pruning on top of another eraser
+        settings, attack = {"prune": 0.01, "prune_steps": 5, "prune_ramp": 1, "prune_ddim_steps": 3}, {"prune_attack_steps": 3}
+    plain, attacked = protect(tiny_model, name, **settings).mask, protect(tiny_model, name, **settings, **attack).mask
+    assert plain.count == attacked.count
+    places = [{(key, int(i)) for key, where in mask.indices.items() for i in where} for mask in (plain, attacked)]
+    assert places[0] != places[1]

@@ -14,6 +14,7 @@ from safeweights.core.model import Sampling
 from safeweights.diffusion import masks
 from safeweights.diffusion.completion import auc, complete, recover_positions
 from safeweights.diffusion.criteria import concept_prune, input_norms, snip, wanda
+from safeweights.diffusion.latent_bank import LatentBank
 from safeweights.diffusion.neurons import (
     Activations,
     Neuron,
@@ -25,7 +26,8 @@ from safeweights.diffusion.neurons import (
     paired_t,
     slopes,
 )
-from safeweights.erasure.pruning import fork_weights
+from safeweights.erasure.p_esd import PESD
+from safeweights.erasure.pruning import Attacker, fork_weights
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -127,6 +129,36 @@ def test_whole_neurons_go_and_never_more_weights_than_the_budget(tiny_model: Any
         by_neuron = mask.float().mean(dim=0 if name.endswith("ff.net.2.weight") else 1)
         assert set(by_neuron.tolist()) <= {0.0, 1.0}
         assert torch.equal(weights[name].detach(), before[name])
+
+
+def test_the_attack_asks_for_the_concept_better_than_random_words_do(tiny_model: Any) -> None:
+    """Each of its rows lowers || eps_m(x_t, [v, c]) - eps_o(x_t, c) ||^2 over the whole bank."""
+    bank = LatentBank.sample(
+        tiny_model, ["a dog", "a red dog"], n=4, sampling=Sampling(steps=3, guidance_scale=3.0), rng=generator()
+    )
+    student = fork_weights(tiny_model, "neurons")
+    with torch.no_grad():  # a mask that takes half of what the prompt goes through
+        for p in student.trainable().values():
+            p.mul_((torch.rand(p.shape, generator=generator(3)) < 0.5).to(p.dtype))
+
+    def loss(steps: int, lr: float) -> list[float]:
+        how = PESD(attack_steps=steps, attack_lr=lr, tokens=2)
+        c = Attacker(how, student, bank, seed=0).attacked(torch.tensor([0, 1]), step=5)
+        rows = [(bank.prompt == i).nonzero().flatten() for i in (0, 1)]
+        batches = [bank.at(row) for row in rows]
+        with torch.no_grad():
+            told = [student.eps(b.x_t, b.t, c[torch.tensor([i]).expand(len(b.t))]) - b.eps_c for i, b in enumerate(batches)]
+        return [float(error.square().mean()) for error in told]
+
+    random, found = loss(1, 1e-9), loss(60, 0.05)
+    assert all(after < before for after, before in zip(found, random, strict=True))
+
+
+def test_what_the_attack_of_a_mask_refuses() -> None:
+    with pytest.raises(ValueError, match="criterion=learned"):
+        PESD(attack_steps=1, criterion="snip")
+    with pytest.raises(ValueError, match="attack_steps"):
+        PESD(attack_steps=-1)
 
 
 # one-shot criteria

@@ -20,6 +20,7 @@ from safeweights.diffusion.latent_bank import Batch
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.sampling import embed_all
 from safeweights.erasure.pruning import (
+    Attacker,
     Control,
     Criterion,
     Objective,
@@ -87,6 +88,13 @@ class PAC:
     """Steps of trajectories and pictures; > 0."""
     guidance: float = 3.0
     """Guidance of trajectories and pictures (only of those; the regressions are unguided)."""
+    attack_steps: int = 0
+    """Beyond the paper: steps of an attack on the masked model before each step after the ramp, so that the mask also holds
+    against prompts made to wake the concept (AdvUnlearn's lower level); 0: no attack; >= 0."""
+    attack_lr: float = 1e-2
+    """Adam's step on the attack's free token embeddings; > 0."""
+    tokens: int = 1
+    """Free tokens of the attack, before the prompt; > 0."""
     conceal: Literal["none", "noise"] = "none"
     """What stands in the pruned places: zeros, which show where they are, or noise like the rest of their rows."""
     control: Control = "none"
@@ -125,8 +133,17 @@ class PAC:
             batch = bank.draw(self.batch_size, generator("p-ac", seed, step))
             return batch, c[batch.prompt], anchor[batch.prompt]
 
+        attacker = None
+        if self.attack_steps:
+            # The attack wants the concept drawn; the bank's rows stand under its prompts for that, in the same order.
+            bank = replace(bank, prompts=(*pairs,))
+            bank.precompute("eps_c", lambda batch: model.eps(batch.x_t, batch.t, c[batch.prompt]))
+            attacker = Attacker(self, student, bank, seed)
+
         def erase(step: int) -> Tensor:
             batch, of_concept, _ = ask(step)
+            if attacker and step >= self.ramp:
+                of_concept = attacker.attacked(batch.prompt, step)
             return mse_loss(student.eps(batch.x_t, batch.t, of_concept), batch.outputs["eps_o"])
 
         objective = Objective(erase, ask)

@@ -83,6 +83,13 @@ class PESD:
     """Steps of trajectories and pictures; > 0."""
     guidance: float = 3.0
     """Guidance of trajectories and pictures (only of those; the regressions are unguided)."""
+    attack_steps: int = 0
+    """Beyond the paper: steps of an attack on the masked model before each step after the ramp, so that the mask also holds
+    against prompts made to wake the concept (AdvUnlearn's lower level); 0: no attack; >= 0."""
+    attack_lr: float = 1e-2
+    """Adam's step on the attack's free token embeddings; > 0."""
+    tokens: int = 1
+    """Free tokens of the attack, before the prompt; > 0."""
     conceal: Literal["none", "noise"] = "none"
     """What stands in the pruned places: zeros, which show where they are, or noise like the rest of their rows."""
     control: Control = "none"

@@ -25,11 +25,12 @@ from safeweights.core.workspace import Workspace
 from safeweights.diffusion.criteria import concept_prune, input_norms, snip, wanda
 from safeweights.diffusion.drawn_set import asking, draw_pictures, retained_prompts
 from safeweights.diffusion.guided_away import away, away_bank, concept_texts
-from safeweights.diffusion.latent_bank import Batch
+from safeweights.diffusion.latent_bank import Batch, LatentBank
 from safeweights.diffusion.masks import learn_mask, learn_neuron_mask, lowest, make_mask, pruned_tensors, same_density
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
 from safeweights.diffusion.sampling import embed_all
+from safeweights.diffusion.search import descend_embeddings, insert_tokens, put_embeddings, random_ids
 from safeweights.diffusion.training import descend
 
 Criterion = Literal["learned", "snip", "wanda", "conceptprune"]
@@ -78,6 +79,12 @@ class Pruning(Protocol):
     def ddim_steps(self) -> int: ...
     @property
     def guidance(self) -> float: ...
+    @property
+    def attack_steps(self) -> int: ...
+    @property
+    def attack_lr(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,12 @@ def check(how: Pruning) -> None:
         raise ValueError("budget must be above 0 and below 1")
     if min(how.steps, how.batch_size, how.retained, how.noises, how.ddim_steps) < 1 or how.lr <= 0:
         raise ValueError("steps, batch_size, retained, noises, ddim_steps and lr must be above zero")
-    if not how.ramp >= 0 or how.lam < 0:
-        raise ValueError("ramp and lam must not be below zero")
+    if not how.ramp >= 0 or how.lam < 0 or how.attack_steps < 0:
+        raise ValueError("ramp, lam and attack_steps must not be below zero")
+    if how.tokens < 1 or how.attack_lr <= 0:
+        raise ValueError("tokens and attack_lr must be above zero")
+    if how.attack_steps and how.criterion != "learned":
+        raise ValueError("attack_steps goes with criterion=learned; one-shot criteria attack nothing")
     if how.unit == "neuron" and (how.criterion != "learned" or how.control != "none"):
         raise ValueError("unit=neuron goes with criterion=learned and no control")
 
@@ -145,6 +156,8 @@ def guided_away(
         for concept, prompts in zip(concepts, texts, strict=True)
     ]
 
+    attackers = [Attacker(how, student, bank, seed) for bank in banks] if how.attack_steps else []
+
     def ask(step: int) -> tuple[Batch, Conditioning, Conditioning]:
         which = step % len(banks)
         batch = banks[which].draw(how.batch_size, generator("prune", seed, step))
@@ -152,9 +165,41 @@ def guided_away(
 
     def erase(step: int) -> Tensor:
         batch, asked, _ = ask(step)
+        if attackers and step >= how.ramp:
+            asked = attackers[step % len(banks)].attacked(batch.prompt, step)
         return mse_loss(student.eps(batch.x_t, batch.t, asked), away(batch, eta))
 
     return Objective(erase, ask)
+
+
+class Attacker:
+    """Prompts as an attacker would make them against the mask as it stands: free tokens in front, `AdvUnlearn`'s lower level.
+
+    v* = argmin_v || eps_m(x_t, [v, c]) - eps_o(x_t, c) ||^2,   from random words, ``attack_steps`` steps of Adam
+    """
+
+    def __init__(self, how: Pruning, student: DiffusionModel, bank: LatentBank, seed: int) -> None:
+        """``bank`` holds the base model's predictions "eps_c" under its prompts. Raises UserError for a prompt without room."""
+        self.how, self.student, self.bank, self.seed = how, student, bank, seed
+        self.ids, self.positions = insert_tokens(student, student.tokenize(bank.prompts), how.tokens)
+        self.words = torch.tensor([i for i in range(len(student.vocabulary)) if i not in student.special_ids])
+
+    def attacked(self, prompt: Tensor, step: int) -> Conditioning:
+        """The text states of the bank's prompts of these numbers (B,), each attacked by itself."""
+        rngs = [generator("prune attack", self.seed, step, row) for row in range(len(prompt))]
+        words = random_ids(self.words, self.how.tokens, rngs).to(self.student.device)
+        ids, positions = self.ids[prompt], self.positions[prompt]
+
+        def batch_at(inner: int) -> tuple[Tensor, Tensor, Tensor]:
+            batch = self.bank.draw(len(prompt), generator("prune attack", self.seed, step, "latents", inner), prompt)
+            return batch.x_t, batch.t, batch.eps_c
+
+        *_, (free, _) = descend_embeddings(
+            self.student, batch_at, ids, positions, self.student.vocabulary[words].float(),
+            steps=self.how.attack_steps, lr=self.how.attack_lr,
+        )  # fmt: skip
+        with torch.no_grad():
+            return self.student.embed_tokens(put_embeddings(self.student, ids, positions, free), ids)
 
 
 def holding(
@@ -301,6 +346,8 @@ class Pruned:
     """Steps of trajectories and pictures; > 0."""
     prune_guidance: float = 3.0
     """Guidance of trajectories and pictures."""
+    prune_attack_steps: int = 0
+    """Steps of an attack on the masked model before each step after the ramp; 0: no attack; >= 0."""
 
     def __post_init__(self) -> None:
         check(self._how)
@@ -320,7 +367,7 @@ class Pruned:
         return _Settings(
             budget=self.prune, criterion=self.prune_criterion, parameters=self.prune_parameters, conceal=self.prune_conceal,
             steps=self.prune_steps, ramp=self.prune_ramp, lam=self.prune_lam, ddim_steps=self.prune_ddim_steps,
-            guidance=self.prune_guidance,
+            guidance=self.prune_guidance, attack_steps=self.prune_attack_steps,
         )  # fmt: skip
 
     def protect(
@@ -361,6 +408,7 @@ class _Settings:
     lam: float
     ddim_steps: int
     guidance: float
+    attack_steps: int
     unit: Unit = "weight"
     control: Control = "none"
     lr: float = 1.0
@@ -368,3 +416,5 @@ class _Settings:
     batch_size: int = 4
     retained: int = 41
     noises: int = 10
+    attack_lr: float = 1e-2
+    tokens: int = 1

@@ -14,7 +14,7 @@ from safeweights.core.table import method
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import twice_differentiable, unroll
 from safeweights.diffusion.merging import Merge
-from safeweights.immunization.bilevel import Episode, Game
+from safeweights.immunization.bilevel import Episode, Game, named_once
 
 CONCEPTS = (
     Concept(name="dog", kind="object", term="dog", anchor="cat", prompts=(Prompt("a picture of a dog"), Prompt("a red dog"))),
@@ -224,3 +224,16 @@ def test_the_merge_of_users_is_not_blown_up_by_directions_that_text_hardly_uses(
             for settings in ({}, exact)
         )
         assert 5 * ours < papers
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("art of a party", "art of a party"),
+        ("a party", "a party art"),
+        ("Art after art", "art after"),
+        ("", "art"),
+    ],
+)
+def test_a_learnt_word_has_one_place_in_every_caption(caption: str, expected: str) -> None:
+    assert named_once(caption, "art") == expected

@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import mse_loss
 
 from safeweights.core.errors import UserError
-from safeweights.diffusion.adaptation import ATTENTION, Adapter, Lesson, Shots, at, clip, twice_differentiable, unroll
+from safeweights.diffusion.adaptation import ATTENTION, Adapted, Adapter, Lesson, Shots, at, clip, twice_differentiable, unroll
 from safeweights.diffusion.noise import eps_to_v
 from safeweights.diffusion.training import descend
+from safeweights.release.adapted import save_lora
 
 PICTURES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 ADAPTERS = {
@@ -162,3 +163,38 @@ def test_a_freeze_holds_for_weights_and_for_factors_beside_them(tiny_model: Any)
 def test_a_token_stands_once_in_a_caption(tiny_model: Any) -> None:
     with pytest.raises(UserError, match="more than once"):
         ADAPTERS["token"].ask(tiny_model, ["a <s> and a <s>"])
+
+
+def test_factors_beside_the_text_encoder_learn_too(tiny_model: Any) -> None:
+    adapter = Adapter(targets=r"text_encoder\..*q_proj\.weight", rank=2)
+    course = lesson(tiny_model, adapter)
+    phi = adapter.start(course.model)
+    losses = descend(phi, lambda step: course.loss(phi, course.batch(0)), steps=5, lr=1e-2)
+    assert losses[-1] < losses[0]
+    assert all(value.detach().abs().sum() > 0 for key, value in phi.items() if key.endswith("/up"))
+
+
+def test_a_token_is_found_as_a_whole_word_in_any_case(tiny_model: Any) -> None:
+    adapter = Adapter(token="art", init="dog")
+    ask = adapter.ask(tiny_model, ["Art of a party"])
+    found = ask(adapter.start(tiny_model), [0]).states
+    assert torch.allclose(found, tiny_model.embed(["dog of a party"]).states, atol=1e-5)
+
+
+def test_factors_of_a_convolution_open_in_diffusers(tiny_sd: Callable[..., Path], tiny_model: Any, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    adapter = Adapter(targets=r"unet\..*conv1\.weight", rank=2)
+    course = lesson(tiny_model, adapter)
+    phi = adapter.start(course.model)
+    descend(phi, lambda step: course.loss(phi, course.batch(0)), steps=2, lr=1e-2)
+    adapted = Adapted(adapter=adapter, phi=phi, steps=2, losses=(0.0,))
+    save_lora(adapted, tmp_path / "pytorch_lora_weights.safetensors")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd(), safety_checker=None)
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused, wanted = dict(pipe.unet.named_parameters()), adapter.tensors(tiny_model, phi)
+    assert wanted
+    for name, value in wanted.items():
+        assert torch.allclose(fused[name.removeprefix("unet.")].float(), value, atol=1e-4), name

@@ -511,6 +511,21 @@ def test_gap_ratios_of_a_benchmark() -> None:
     assert resistance_table([], baselines) == ""
 
 
+def test_a_mean_over_fewer_concepts_says_which_are_missing() -> None:
+    """One cell failed, another's pictures were nothing alike: both are named beside the mean of the rest."""
+    told = {
+        ("none", "mosaic"): curve([0.1], [0.8]), ("mima", "mosaic"): curve([0.1], [0.4]),
+        ("none", "emblem"): curve([0.1], [0.5]),
+        ("none", "cup"): curve([0.1], [-0.5]), ("mima", "cup"): curve([0.1], [0.5]),
+    }  # fmt: skip
+    records = [factories.base(method=m, concept=c, attack="lora", details=details) for (m, c), details in told.items()]
+    baselines = {"none": "none", "mima": "none"}
+    rows = resistances(records, baselines, concepts=["mosaic", "emblem", "cup"])
+    assert rows[1].msgr == pytest.approx(0.5)
+    assert rows[1].missing == ("emblem", "cup")
+    assert "0.500 (0.500 to 0.500), without emblem, cup" in resistance_table(rows, baselines)
+
+
 def test_the_database_ranks_as_the_table_does(tmp_path: Path) -> None:
     """Two implementations, one in Python and one in SQL, of one definition."""
     store = factories.fill(tmp_path, pictured=False)

@@ -21,6 +21,7 @@ from safeweights.core.workspace import Workspace
 from safeweights.diffusion.masks import make_mask, pruned_tensors
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
+from safeweights.erasure.pruning import standing_in
 from safeweights.models.door import open_model
 from safeweights.models.gaussian import GaussianModel
 from safeweights.release.mask_files import apply, read_mask, read_owner, write_mask, write_owner
@@ -243,6 +244,53 @@ def test_a_mask_of_another_model_is_refused(tiny_sd: Callable[..., Path], writte
     assert not Path(out).exists()
 
 
+def test_noise_is_laid_only_where_the_mask_lies(tiny_sd: Callable[..., Path], written: Any, tmp_path: Path, capsys: Any) -> None:
+    """On a model with other weights in these places it would overwrite what works."""
+    assert run("prune", "conceal", str(tiny_sd(seed=1)), str(written[0]), "-o", str(tmp_path / "out")) == 2
+    assert "not pruned by this mask" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_noise_has_a_key_that_no_released_file_tells(tiny_sd: Callable[..., Path], written: Any, tmp_path: Path) -> None:
+    """Whoever could draw the same noise would know its places: two runs of one command and seed fill other values."""
+    (tmp_path / "concepts.yaml").write_text(CONCEPTS)
+    settings = [arg for key, value in {**SMALL, "conceal": "noise"}.items() for arg in ("--set", f"{key}={value}")]
+    common = ["--concepts-file", str(tmp_path / "concepts.yaml"), "--concept", "mosaic", "--method", "p-esd", *settings]
+    for name in ("a", "b"):
+        assert run("erase", str(tiny_sd()), *common, "-o", str(tmp_path / name), "--owner", str(tmp_path / f"own-{name}")) == 0
+    first, second = (dict(open_model(str(tmp_path / name), device="cpu").named_parameters()) for name in ("a", "b"))
+    masks = [read_mask(tmp_path / f"own-{name}" / "mask.safetensors") for name in ("a", "b")]
+    for name, where in masks[0].mask.indices.items():
+        assert torch.equal(where, masks[1].mask.indices[name])
+        assert not torch.equal(first[name].flatten()[where], second[name].flatten()[where])
+    for name in ("a", "b"):
+        key = str(read_mask(tmp_path / f"own-{name}" / "mask.safetensors").mask.seed)
+        assert all(key not in path.read_text() for path in (tmp_path / name).rglob("*.json"))
+
+
+def test_a_mask_says_in_which_precision_it_was_made(
+    tiny_sd: Callable[..., Path], tiny_model: Any, written: Any, tmp_path: Path, capsys: Any
+) -> None:
+    mask, owner, _ = map(str, written)
+    assert run("prune", "apply", str(tiny_sd()), mask, "-o", str(tmp_path / "on")) == 0
+    capsys.readouterr()
+    assert run("prune", "undo", str(tmp_path / "on"), mask, owner, "-o", str(tmp_path / "off"), "--dtype", "bfloat16") == 2
+    assert "add --dtype float32" in capsys.readouterr().err
+
+
+def test_a_budget_that_holds_no_neuron_is_refused(tiny_model: Any) -> None:
+    with pytest.raises(UserError, match="no whole neuron"):
+        protect(tiny_model, "p-esd", **SMALL, unit="neuron", budget=1e-6)
+
+
+def test_another_word_stands_for_whole_words_only(tiny_model: Any) -> None:
+    concept = Concept(name="art", kind="style", term="art", anchor="", prompts=(Prompt("Art of a party"), Prompt("a party")))
+    (standing,) = standing_in([concept], "umbrella")
+    assert standing.texts == ("umbrella of a party",)
+    with pytest.raises(UserError, match="no prompt"):
+        standing_in([Concept(name="art", kind="style", term="art", anchor="", prompts=(Prompt("a party"),))], "umbrella")
+
+
 def test_broken_files_are_refused_in_one_line(written: Any, tmp_path: Path) -> None:
     path, owner, mask = written
     with safe_open(path, framework="pt") as raw:
@@ -322,6 +370,42 @@ def test_erasing_leaves_the_mask_and_for_the_owner_what_undoes_it(
     assert run("prune", "apply", base, str(owner / "mask.safetensors"), "-o", str(tmp_path / "c")) == 0
     again, first = (dict(open_model(str(path), device="cpu").named_parameters()) for path in (tmp_path / "c", out))
     assert all(torch.equal(again[name], p) for name, p in first.items())
+
+
+def test_the_owners_files_are_never_lost(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "concepts.yaml").write_text(CONCEPTS)
+    settings = [arg for key, value in SMALL.items() for arg in ("--set", f"{key}={value}")]
+    common = ["--concepts-file", str(tmp_path / "concepts.yaml"), "--concept", "mosaic", "--method", "p-esd", *settings]
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    for owner in (out, out / "owner", tmp_path):
+        assert run("erase", str(tiny_sd()), *common, "-o", str(out), "--owner", str(owner)) == 2
+        assert "lie in one another" in capsys.readouterr().err
+    kept.mkdir()
+    (kept / "owner.safetensors").write_text("another model's")
+    assert run("erase", str(tiny_sd()), *common, "-o", str(out), "--owner", str(kept), "--resume") == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (kept / "owner.safetensors").read_text() == "another model's"
+    assert not out.exists()
+
+
+def test_a_run_killed_after_it_wrote_the_owners_files_goes_on(
+    tiny_sd: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "concepts.yaml").write_text(CONCEPTS)
+    settings = [arg for key, value in SMALL.items() for arg in ("--set", f"{key}={value}")]
+    common = ["--concepts-file", str(tmp_path / "concepts.yaml"), "--concept", "mosaic", "--method", "p-esd", *settings]
+    command = ["erase", str(tiny_sd()), *common, "-o", str(tmp_path / "out"), "--owner", str(tmp_path / "kept")]
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safeweights.cli.protect.write_manifest", killed)
+        assert run(*command) != 0
+    before = (tmp_path / "kept" / "owner.safetensors").read_bytes()
+    assert run(*command) == 2  # without --resume it is somebody's folder
+    assert run(*command, "--resume") == 0
+    assert (tmp_path / "kept" / "owner.safetensors").read_bytes() == before
 
 
 def test_owner_needs_a_method_that_prunes(tiny_sd: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:

@@ -18,7 +18,7 @@ from safeweights.core.concept import Concept, Prompt
 from safeweights.core.detector import Detection
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
-from safeweights.core.table import configure
+from safeweights.core.table import ATTACKS, configure, resolve
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.image_folder import read_folder
 from safeweights.records.store import Store
@@ -210,12 +210,21 @@ def folder_of(path: Path, metadata: str | None = None, rows: str = "") -> Path:
     return path
 
 
+def test_few_steps_have_few_checkpoints_each_of_them_once() -> None:
+    attack = configure(resolve(ATTACKS, "relearn", "attack"), {"steps": 3, "images": 5})
+    assert attack.checkpoints == (1, 2, 3)
+    assert (attack.budget.images, attack.budget.gradient_steps, attack.budget.timesteps) == (4, 3, 0)
+    assert configure(resolve(ATTACKS, "relearn", "attack"), {"steps": 100}).checkpoints == (12, 25, 50, 100)
+
+
 def test_folders_are_read_with_their_captions(tmp_path: Path) -> None:
     images, captions = read_folder(folder_of(tmp_path / "plain"), width=16, height=8, prompt="a dog")
     assert images.shape == (2, 3, 8, 16)
     assert captions == ["a dog", "a dog"]
     listed = folder_of(tmp_path / "csv", "metadata.csv", "file_name,prompt\n1.png,a red dog\n")
     assert read_folder(listed, width=8, height=8)[1] == ["a red dog"]
+    dotted = folder_of(tmp_path / "dotted", "metadata.csv", "file_name,prompt\n./1.png,a red dog\n")
+    assert read_folder(dotted, width=8, height=8)[1] == ["a red dog"]
     lines = folder_of(
         tmp_path / "lines", "metadata.jsonl", '{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": ""}'
     )
@@ -227,6 +236,9 @@ def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
         read_folder(tmp_path / "none", width=8, height=8)
     with pytest.raises(UserError, match="--prompt"):
         read_folder(folder_of(tmp_path / "plain"), width=8, height=8)
+    outside = folder_of(tmp_path / "outside", "metadata.csv", f"file_name,prompt\n{tmp_path / 'plain' / '1.png'},a dog\n")
+    with pytest.raises(UserError, match="outside it"):
+        read_folder(outside, width=8, height=8)
     with pytest.raises(UserError, match="file_name"):
         read_folder(folder_of(tmp_path / "odd", "metadata.csv", "name\nx\n"), width=8, height=8)
     (tmp_path / "plain" / "1.png").write_bytes(b"no picture")

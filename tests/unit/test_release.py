@@ -17,6 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from safeweights.cli.common import unprotected
 from safeweights.cli.main import run
 from safeweights.core.errors import UserError
 from safeweights.core.text import markdown, plain, slug
@@ -588,3 +589,15 @@ def test_keys_and_libraries_that_are_not_there(
     monkeypatch.setitem(__import__("sys").modules, "model_signing.signing", None)
     assert run(["sign", str(signed), "--key", str(keys / "own.pem")]) == 2
     assert "safeweights[sign]" in capsys.readouterr().err
+
+
+def test_a_protected_model_goes_back_to_before_its_first_protection(tmp_path: Path) -> None:
+    """A fine-tune that came before belongs to the model; a protection after a protection does not."""
+    chain = [("tuned", "lora", "base"), ("erased", "uce", "tuned"), ("immune", "mima", "erased")]
+    for name, method, before in chain:
+        (tmp_path / name).mkdir()
+        told = {"method": method, "options": {"model": str(tmp_path / before)}}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(told))
+    assert unprotected(str(tmp_path / "immune")) == str(tmp_path / "tuned")
+    assert unprotected(str(tmp_path / "tuned")) == str(tmp_path / "tuned")
+    assert unprotected("sandbox") == "sandbox"

@@ -108,3 +108,12 @@ def test_two_protections_compare_prompt_by_prompt() -> None:
     assert msgr_difference([theirs], [ours])[0] == pytest.approx(-0.1)
     with pytest.raises(ValueError, match="same concepts"):
         msgr_difference([ours], [theirs, theirs])
+
+
+def test_a_resample_without_likeness_does_not_end_the_interval() -> None:
+    """One prompt below zero: together they have a ratio, twice that prompt alone has none."""
+    gap = Gap.of([[0.5, -0.2]], [[0.25, -0.1]])
+    value, (low, high) = msgr_interval([gap], resamples=200)
+    assert value == pytest.approx(0.5)
+    assert low <= value <= high
+    assert msgr_difference([gap], [gap], resamples=200) == (0.0, (0.0, 0.0))

@@ -169,3 +169,15 @@ def test_one_row_of_text_serves_a_batch_and_calls_are_counted(tiny_model: Any) -
         tiny_model.fork("xattn").eps(x, t, c)
     assert torch.allclose(one, many, atol=1e-6)
     assert tiny_model.calls.eps - before == 9
+
+
+def test_a_new_word_is_one_that_the_tokenizer_does_not_know(tiny_model: Any) -> None:
+    """CLIP's vocabulary holds a word with the mark of its end and in lower case."""
+    known = next(word for word in tiny_model.tokenizer.get_vocab() if word.endswith("</w>") and len(word) > 6).removesuffix(
+        "</w>"
+    )
+    row = tiny_model.vocabulary[0]
+    for word in (known, known.title()):
+        with pytest.raises(UserError, match="knows"):
+            tiny_model.with_words({word: row})
+    assert tiny_model.with_words({"<new>": row}).tokenizer.convert_tokens_to_ids("<new>") == len(tiny_model.tokenizer)

@@ -108,3 +108,15 @@ def test_gradients_may_be_masked() -> None:
     descend(parameters, loss_of(parameters), steps=3, lr=0.1, gradients=mask)
     assert torch.equal(parameters["c"][0], torch.full((2,), 2.0))
     assert not torch.equal(parameters["c"][1], torch.full((2,), 2.0))
+
+
+def test_a_damaged_checkpoint_is_told_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, resumed = fresh(), fresh()
+    descend(whole, loss_of(whole), steps=4, lr=0.1)
+    descend(resumed, loss_of(resumed), steps=4, lr=0.1, workspace=Workspace(tmp_path))
+    (found,) = tmp_path.glob("*.safetensors")
+    found.write_bytes(found.read_bytes()[:40])
+    again = fresh()
+    descend(again, loss_of(again), steps=4, lr=0.1, workspace=Workspace(tmp_path))
+    assert "cannot be read" in capsys.readouterr().err
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())

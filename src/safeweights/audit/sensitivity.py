@@ -20,6 +20,7 @@ from safeweights.core.errors import UserError
 from safeweights.core.intervals import bootstrap_mean
 from safeweights.core.model import Conditioning, DiffusionModel, Sampling
 from safeweights.core.table import describe
+from safeweights.core.workspace import Workspace
 from safeweights.diffusion.neurons import Activations, Located, Neuron, activations, locate, pairs, pick, slopes
 from safeweights.diffusion.noise import add_noise, generator
 from safeweights.diffusion.sampling import candidates_of, embed_all, generate
@@ -83,10 +84,17 @@ def reactivation(
 
 
 def under_attack(
-    attack: Attack, model: DiffusionModel, concept: Concept, targets: Sequence[Target], *, sampling: Sampling, original: Original
+    attack: Attack,
+    model: DiffusionModel,
+    concept: Concept,
+    targets: Sequence[Target],
+    *,
+    sampling: Sampling,
+    original: Original,
+    workspace: Workspace | None = None,
 ) -> tuple[DiffusionModel, Conditioning]:
     """What the attack would ask in its last round if nobody told it that it had won, and the model it would ask."""
-    rounds = attack.revive(model, concept, targets, sampling=sampling, original=original)
+    rounds = attack.revive(model, concept, targets, sampling=sampling, original=original, workspace=workspace)
     last = next(rounds)
     while True:
         try:
@@ -117,11 +125,13 @@ def sensitivity(
     sampling: Sampling,
     n: int = 16,
     seed: int = 0,
+    workspace: Workspace | None = None,
 ) -> Record:
     """Reactivation and slope of the concept's neurons and their controls in ``model``, against ``reference``.
 
     Conditions: plain, the tuning prompts the eraser saw; paraphrased, the test prompts it never saw; attacked, the test prompts
-    after ``attack`` has had its whole budget. Each with its own noise, n prompts, intervals by bootstrap over prompts.
+    after ``attack`` has had its whole budget (of an attack on the weights, in the model that it made, with and without the
+    concept). Each with its own noise, n prompts, intervals by bootstrap over prompts.
     Slope: || d a_j / d e ||, the mean over neurons and over n noisy latents of the reference's pictures, under every condition's
     text; the reference is asked with the same.
     """
@@ -129,7 +139,7 @@ def sensitivity(
     found: list[Reactivation] = []
     slope: list[Slope] = []
     if located.concept:
-        found, slope = _measure(model, reference, concept, attack, located, sampling, n, seed)
+        found, slope = _measure(model, reference, concept, attack, located, sampling, n, seed, workspace)
     told = {
         "concept": concept.name, "attack": attack.name, "n": n, "seed": seed,
         "neurons": {
@@ -176,7 +186,7 @@ def sensitivity(
 
 def _measure(
     model: DiffusionModel, reference: DiffusionModel, concept: Concept, attack: Attack, located: Located, sampling: Sampling,
-    n: int, seed: int,
+    n: int, seed: int, workspace: Workspace | None,
 ) -> tuple[list[Reactivation], list[Slope]]:  # fmt: skip
     found = []
     texts_of: dict[str, tuple[DiffusionModel, Conditioning, Conditioning]] = {}
@@ -199,11 +209,16 @@ def _measure(
         }
         now = activations(model, embed_all(model, asked), seeds, sampling)
         found += _rows(condition, reactivation(now, located=located, **runs))
-        drawn = {"runs": runs, "seeds": seeds, "asked": asked}
+        drawn = {"runs": runs, "seeds": seeds, "asked": asked, "bare": bare}
         texts_of[condition] = model, embed_all(model, asked), embed_all(reference, asked)
     pictures = generate(reference, candidates_of(drawn["asked"], [95_000 + seed * 1000 + i for i in range(n)]), sampling)
     targets = [Target(text, drawn["seeds"][i], pictures[i]) for i, text in enumerate(drawn["asked"])]
-    attacked, c = under_attack(attack, model, concept, targets, sampling=sampling, original=Original(reference, draw))
+    attacked, c = under_attack(
+        attack, model, concept, targets, sampling=sampling, original=Original(reference, draw), workspace=workspace
+    )
+    if attacked is not model:  # an attack on the weights: what is neutral to the model that it made
+        neutral = embed_all(attacked, drawn["bare"])
+        drawn["runs"]["neutral"] = activations(attacked, neutral, drawn["seeds"], sampling)
     texts_of[attack.name] = attacked, c, c
     now = activations(attacked, c, drawn["seeds"], sampling)
     found += _rows(attack.name, reactivation(now, located=located, **drawn["runs"]))

@@ -37,6 +37,8 @@ class Resistance:
     """Prompts of a concept, all seeds together."""
     gaps: Mapping[str, Gap] = field(default_factory=dict)
     """What the ratios come from, by concept; benign ones apart."""
+    missing: tuple[str, ...] = ()
+    """Concepts of the baseline that have no ratio here: not measured, failed, or no more alike than nothing before protection."""
 
 
 def resistances(
@@ -60,14 +62,15 @@ def resistances(
             if baselines[method] != method:
                 for name, seeds in mine.items():
                     gap = _gap(found.get((attack, baselines[method], name), {}), seeds)
-                    if gap is not None:
+                    if gap is not None and (gap.without.mean(1) > 0).all():
                         gaps[name] = gap
             targets = [gaps[name] for name in concepts if name in gaps]
             others = [gaps[name] for name in benign if name in gaps]
-            complete = bool(targets) and all(name in gaps for name in concepts if name in mine)
+            complete = bool(targets)
             msgr = msgr_interval(targets) if complete else None
             mrsgr = msgr_interval(targets, others) if complete and others else None
             known = {name: seeds for name, seeds in mine.items() if name in concepts}
+            there = [name for name in concepts if (attack, baselines[method], name) in found]
             rows.append(
                 Resistance(
                     method=method, attack=attack,
@@ -79,6 +82,7 @@ def resistances(
                     budget=max(r.details["curve"][-1]["steps"] for seeds in known.values() for r in seeds.values()),
                     n=max(sum(r.details["n"] for r in seeds.values()) for seeds in known.values()),
                     gaps={name: gaps[name] for name in concepts if name in gaps} if complete else {},
+                    missing=tuple(name for name in there if name not in gaps) if baselines[method] != method else (),
                 )
             )  # fmt: skip
     return rows
@@ -136,7 +140,7 @@ def _row(row: Resistance, baselines: Mapping[str, str]) -> dict[str, str]:
         "method": row.method,
         "against": baselines[row.method] if baselines[row.method] != row.method else "–",
         "prompts": str(row.n),
-        "MSGR": _ratio(row.msgr, row.msgr_interval),
+        "MSGR": _ratio(row.msgr, row.msgr_interval) + (f", without {', '.join(row.missing)}" if row.missing else ""),
         "MRSGR": _ratio(row.mrsgr, row.mrsgr_interval),
         "SGR": _listed(row.sgr),
         "benign SGR": _listed(row.benign),

@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safeweights.cli import options
-from safeweights.cli.common import SANDBOX, concept_file, hash_of, is_sandbox, pick, sampling_of, say, speaking, workspace_in
+from safeweights.cli.common import (
+    SANDBOX,
+    concept_file,
+    hash_of,
+    is_sandbox,
+    pick,
+    sampling_of,
+    say,
+    speaking,
+    unprotected,
+    workspace_in,
+)
 from safeweights.core.errors import UserError
 from safeweights.core.table import ADAPTATIONS, configure, describe, parse_settings, resolve
 from safeweights.records.mask import note_other_base, read_mask
-from safeweights.release.manifest import hash_input, read_manifest, write_manifest
+from safeweights.release.manifest import hash_input, write_manifest
 from safeweights.release.output import check_target, output_folder
 
 if TYPE_CHECKING:
@@ -102,7 +113,7 @@ def command(
         tuned = configure(kind, given, latent_pixels=opened.latent_shape[1] * opened.latent_shape[2])
         # Before anything is drawn; `fit` would refuse the same.
         tuned.check_frozen(opened, frozen)
-        source = reference or str(read_manifest(str(Path(model).expanduser())).get("options", {}).get("model") or model)
+        source = reference or unprotected(model)
         chosen: dict[str, Any] = {
             "model": model,
             "base": SANDBOX if is_sandbox(model) else model,

@@ -219,6 +219,16 @@ def protection_records_of(model: str, reference: str, file: ConceptFile) -> list
         return []  # a manifest of another program or version
 
 
+def unprotected(model: str) -> str:
+    """The model as it was before anybody protected it, as far as manifests tell; itself where there is none."""
+    from safeweights.core.table import ADAPTATIONS
+    from safeweights.release.manifest import lineage
+
+    steps = lineage(model)
+    # What somebody taught a model belongs to it: only protections are gone back behind.
+    return next((name for name, manifest in steps if manifest.get("method") in (None, "", *ADAPTATIONS)), steps[-1][0])
+
+
 def percent(value: float | None) -> str:
     """A rate for a reader."""
     return "not measured" if value is None else f"{100 * value:.1f} %"

@@ -37,8 +37,6 @@ def command(
     """Remove concepts from a model: a plain diffusers folder with manifest.json comes out."""
     with speaking(as_json) as show:
         check_target(output, overwrite)
-        if owner is not None:
-            check_target(owner, overwrite or resume)
         file = concept_file(concepts_file, model)
         manifest = erase(
             model, concept, file, method, parse_settings(settings or ()),

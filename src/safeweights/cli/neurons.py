@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from safeweights.cli import options
-from safeweights.cli.common import check_sampling, concept_file, names_of, pick, sampling_of, say, speaking
+from safeweights.cli.common import check_sampling, concept_file, names_of, pick, sampling_of, say, speaking, workspace_in
 from safeweights.core.errors import UserError
 from safeweights.core.table import ATTACKS, configure, describe, parse_settings, resolve
 from safeweights.release.output import check_target, output_folder, write_json
@@ -30,6 +30,7 @@ def command(
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
     as_json: options.Json = False,
 ) -> None:
     """Locate the concept's neurons in the reference and measure how far they come back in the model, plainly and under attack."""
@@ -55,11 +56,14 @@ def command(
             "model": model, "reference": reference, "concept": aim.name, "method": method, "settings": describe(attack), "n": n,
             "pairs": pairs, "sampling": asdict(sampling), "seed": seed, "inputs": dict(names.hashes),
         }  # fmt: skip
-        with output_folder(output, overwrite=overwrite, options=chosen) as out:
+        with output_folder(output, overwrite=overwrite, resume=resume, options=chosen) as out:
             say(f"locating the neurons of {aim.name} in {reference}")
             located = locate_neurons(before, aim, sampling=sampling, n=pairs, seed=seed)
             say(f"waking {len(located.concept)} of them in {model} with {method}")
-            record = sensitivity(after, before, aim, attack, located, names=names, sampling=sampling, n=n, seed=seed)
+            record = sensitivity(
+                after, before, aim, attack, located, names=names, sampling=sampling, n=n, seed=seed,
+                workspace=workspace_in(out.work),
+            )  # fmt: skip
             Store(out.folder).add(record)
             write_json(out.folder / "neurons.json", record.details)
         found = record.details["neurons"]

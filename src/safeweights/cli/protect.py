@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, pick, sampling_of, say, workspace_in
+from safeweights.cli.common import SANDBOX, hash_of, is_sandbox, pick, sampling_of, say, unprotected, workspace_in
 from safeweights.core.concept import ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.table import configure, describe, resolve
-from safeweights.release.manifest import hash_input, read_manifest, write_manifest
-from safeweights.release.output import output_folder
+from safeweights.release.manifest import hash_input, write_manifest
+from safeweights.release.output import check_target, output_folder
 
 if TYPE_CHECKING:
     from safeweights.core.method import Protection
@@ -44,8 +45,8 @@ def protect(
     A method that prunes also leaves its mask there, unless noise hides the pruned places: then only ``owner``, a folder for
     what undoes the pruning, gets one.
 
-    With ``draws``, concepts without pictures get the method's ``pictures`` of ``reference``, which is the model itself or, where
-    its manifest names one, the model it was made from: what a protected model draws of a concept shows nothing of it.
+    With ``draws``, concepts without pictures get the method's ``pictures`` of ``reference``, by default the model before anybody
+    protected it, as far as manifests tell: what a protected model draws of a concept shows nothing of it.
     """
     from safeweights.diffusion.noise import generator
     from safeweights.diffusion.parallel import join
@@ -63,6 +64,8 @@ def protect(
     how = describe(protector)
     if owner is not None and how.get("control") == "movement":
         raise UserError("control=movement fine-tunes and prunes nothing; there is nothing for --owner to undo")
+    if owner is not None:
+        check_owner(owner, output, overwrite=overwrite, resume=resume, method=method, concepts=names, settings=how)
     if owner is None and "noise" in (how.get("conceal"), how.get("prune_conceal")):
         say("note: noise hides what is pruned and no mask is written; without --owner nobody can undo it")
     inputs = {
@@ -83,8 +86,7 @@ def protect(
         "dtype": str(opened.dtype).removeprefix("torch."),
     }
     if draws:
-        before = read_manifest(str(Path(model).expanduser())).get("options")
-        source = reference or str(before.get("model") if isinstance(before, dict) and before.get("model") else model)
+        source = reference or unprotected(model)
         if source != model and any(concept.images is None for concept in concepts):
             other = open_model(source, device=device, dtype=dtype)
             inputs["reference"] = hash_of(source, other)
@@ -101,7 +103,7 @@ def protect(
         protection.apply(opened).save(out.folder)
         masked: dict[str, Any] = {}
         if protection.mask is not None:
-            masked = {"mask": _write_mask(protection, out.folder, owner, overwrite=overwrite or resume)}
+            masked = {"mask": _write_mask(protection, out.folder, owner)}
         return write_manifest(
             out.folder,
             command=list(command or ["safeweights", *sys.argv[1:]]),
@@ -117,13 +119,33 @@ def protect(
         )
 
 
-def _write_mask(protection: Protection, folder: Path, owner: Path | None, *, overwrite: bool) -> dict[str, Any]:
+def check_owner(
+    owner: Path, output: Path, *, overwrite: bool, resume: bool, method: str, concepts: Sequence[str], settings: Mapping[str, Any]
+) -> None:
+    """Refuse, before any work is done, an owner's folder that the output would swallow, or one that holds something else.
+
+    A run that was killed after it wrote the owner's folder finds its own files there and may replace them.
+    """
+    here, there = (path.expanduser().resolve() for path in (owner, output))
+    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
+        raise UserError(f"--owner {owner} and -o {output} lie in one another; what undoes the pruning needs a folder of its own")
+    if resume and not overwrite and here.is_dir() and there.with_name(f".{there.name}.work").is_dir():
+        from safeweights.release.mask_files import MASK, OWNER, read_mask
+
+        wanted = {"method": method, "concepts": list(concepts), "settings": dict(settings)}
+        wanted = json.loads(json.dumps(wanted, default=str))
+        if {path.name for path in here.iterdir()} <= {MASK, OWNER} and (here / MASK).is_file():
+            overwrite = dict(read_mask(here / MASK).facts) == wanted
+    check_target(owner, overwrite)
+
+
+def _write_mask(protection: Protection, folder: Path, owner: Path | None) -> dict[str, Any]:
     from safeweights.release.mask_files import MASK, write_masks
 
     assert protection.mask is not None
     # Noise hides the places: then only the owner gets the mask that tells them.
     told = write_masks(protection, mask=folder / MASK if protection.mask.fill == "zero" else None)
     if owner is not None:
-        with output_folder(owner, overwrite=overwrite) as kept:
+        with output_folder(owner, overwrite=True) as kept:  # it was looked at before the run
             write_masks(protection, owner=kept.folder)
     return told

@@ -36,6 +36,7 @@ def apply_command(
     as_json: options.Json = False,
 ) -> None:
     """Prune the model that a mask was made for: a mask is all that has to be shipped."""
+    from safeweights.models.stable_diffusion import follow_umask
     from safeweights.release.mask_files import MASK, apply, read_mask, write_mask
 
     with speaking(as_json) as show:
@@ -48,6 +49,7 @@ def apply_command(
         def beside(folder: Path) -> None:
             if file.mask.fill == "zero":
                 write_mask(folder / MASK, file.mask, before, file.facts)
+                follow_umask([folder / MASK])
 
         manifest = _write(model, opened, tensors, file, output, "prune apply", {"mask": mask}, overwrite, beside)
         show(
@@ -89,21 +91,23 @@ def conceal_command(
     model: options.Model,
     mask: MaskPath,
     output: options.Output,
-    seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Fill the pruned places of a model with noise like the rest of their rows, so that no zeros show them. Keep the mask."""
+    import secrets
+
     from safeweights.release.mask_files import conceal, read_mask
 
     with speaking(as_json) as show:
         check_target(output, overwrite)
         file = read_mask(mask)
         opened = _open(model, device, dtype)
-        tensors, _ = conceal(opened, file, seed)
-        manifest = _write(model, opened, tensors, file, output, "prune conceal", {"mask": mask}, overwrite, seed=seed)
+        # The noise of a key that somebody can guess tells its own places; nobody needs this one again.
+        tensors, _ = conceal(opened, file, secrets.randbits(62))
+        manifest = _write(model, opened, tensors, file, output, "prune conceal", {"mask": mask}, overwrite)
         show(
             {"output": str(output), "concealed": file.mask.count, "recovery": _recovery(tensors, file), **manifest},
             f"{file.mask.count} weights of {len(tensors)} tensors filled; judge the model again, since it is another one now",
@@ -136,7 +140,7 @@ def inspect_command(
             for name, count in counts.items()
         ]
         lines.append(
-            f"{file.mask.count:8}  {file.mask.count / file.entries:7.2%}  of {len(counts)} tensors, fill {file.mask.fill}"
+            f"{file.mask.count:8}  {file.mask.count / max(file.entries, 1):7.2%}  of {len(counts)} tensors, fill {file.mask.fill}"
         )
         if model is not None:
             weights = masked_tensors(_open(model, device, dtype), file)
@@ -167,7 +171,7 @@ def _recovery(weights: dict[str, Tensor], file: MaskFile) -> list[dict[str, Any]
 
 def _write(
     model: str, opened: DiffusionModel, tensors: dict[str, Tensor], file: MaskFile, output: Path, method: str,
-    inputs: dict[str, Path], overwrite: bool, beside: Any = None, seed: int = 0,
+    inputs: dict[str, Path], overwrite: bool, beside: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the model with those tensors and its manifest, which is returned."""
     started = time.perf_counter()
@@ -183,7 +187,7 @@ def _write(
             method=method,
             concepts=[str(name) for name in file.facts.get("concepts", ())],
             options={**chosen, "settings": dict(file.facts.get("settings", {}))},
-            seed=seed,
+            seed=0,
             inputs=hashes,
             tensors=tensors,
             cost={"pruned": float(file.mask.count)},

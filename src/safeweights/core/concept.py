@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from safeweights.core.errors import UserError
+from safeweights.core.text import whole_words
 
 Kind = Literal["style", "object", "identity", "content"]
 KINDS: tuple[Kind, ...] = ("style", "object", "identity", "content")
@@ -71,7 +71,7 @@ class Concept:
 
         A text that does not contain the concept's term becomes the anchor as a whole.
         """
-        pattern = re.compile(rf"(?<!\w){re.escape(self.term)}(?!\w)", re.IGNORECASE)
+        pattern = whole_words(self.term)
         if not pattern.search(text):
             return self.anchor
         anchor = self.anchor if self.kind in ("object", "identity") else ""

@@ -23,7 +23,7 @@ class Mask:
     """What stood there before, in the tensor's own dtype."""
     fill: Fill = "zero"
     seed: int = 0
-    """Fixes what noise is filled in."""
+    """Fixes what noise is filled in. Whoever knows it can tell the places, so it stands in the owner's files only."""
 
     @property
     def count(self) -> int:

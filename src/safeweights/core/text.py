@@ -24,6 +24,13 @@ def markdown(value: Any, longest: int = 200) -> str:
     return text or "–"
 
 
+def whole_words(words: str) -> re.Pattern[str]:
+    """Finds ``words`` where they stand as whole words, in any case: "art" in "Art of a party" once, at its beginning."""
+    # An edge that is no letter needs no boundary: "<new>s" holds "<new>".
+    before, after = (edge if re.fullmatch(r"\w", end) else "" for edge, end in ((r"(?<!\w)", words[:1]), (r"(?!\w)", words[-1:])))
+    return re.compile(rf"{before}{re.escape(words)}{after}", re.IGNORECASE)
+
+
 def slug(value: Any, longest: int = 60) -> str:
     """A file name of letters, digits and dashes only."""
     return re.sub(r"[^a-z0-9]+", "-", plain(value).lower()).strip("-")[:longest].strip("-") or "unnamed"

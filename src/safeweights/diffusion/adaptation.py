@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from safeweights.core.errors import UserError
 from safeweights.core.launch import processes
 from safeweights.core.model import Conditioning, DiffusionModel
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.lean import lean
 from safeweights.diffusion.low_rank import LowRank, beside
@@ -179,10 +180,10 @@ class Adapter:
         Raises UserError for a caption that holds the token more than once.
         """
         captions = list(captions)
-        held = [caption.count(self.token) if self.token else 0 for caption in captions]
+        held = [len(whole_words(self.token).findall(caption)) if self.token else 0 for caption in captions]
         if any(count > 1 for count in held):
             raise UserError(f"the caption {captions[held.index(max(held))]!r} holds {self.token!r} more than once; name it once")
-        moving = any(name.startswith("text_encoder.") for name in self.weights(model))
+        moving = any(name.startswith("text_encoder.") for name in self.touches(model))
         fixed = None if moving else embed_all(model, captions)
         ids, places = self._ids(model, [caption for caption, count in zip(captions, held, strict=True) if count])
         where = {row: i for i, row in enumerate(row for row, count in enumerate(held) if count)}
@@ -215,7 +216,8 @@ class Adapter:
             empty = torch.empty(0, 0, dtype=torch.long)
             return empty, empty
         # Apart from its neighbours, as a tokenizer that knows the word would read it: ">," is one piece to BPE.
-        captions = [caption.replace(self.token, f" {self.token} ") for caption in captions]
+        token = whole_words(self.token)
+        captions = [token.sub(lambda _: f" {self.token} ", caption) for caption in captions]
         return insert_tokens(model, model.tokenize(captions), self.vectors, "replace", term_ids(model, self.token))
 
     def _allowed(self, names: Sequence[str]) -> list[str]:

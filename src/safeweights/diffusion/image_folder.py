@@ -37,12 +37,15 @@ def read_folder(folder: str | Path, *, width: int, height: int, prompt: str | No
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist")
     told = _metadata(folder)
-    paths = [folder / name for name in told] or sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-    if not paths:
+    listed = [(folder / name, text) for name, text in told.items()]
+    listed = listed or [(path, "") for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES]
+    if not listed:
         raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
     pictures, captions = [], []
-    for path in paths:
-        caption = told.get(path.relative_to(folder).as_posix()) or prompt
+    for path, text in listed:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"the metadata of {folder} names {path}, which lies outside it; name pictures of the folder only")
+        caption = text or prompt
         if not caption:
             raise UserError(f"{path} has no caption; give --prompt, or metadata.csv with file_name,prompt beside the pictures")
         try:

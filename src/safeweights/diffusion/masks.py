@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from safeweights.core.errors import UserError
 from safeweights.core.mask import Fill, Mask
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
@@ -132,8 +133,12 @@ def learn_neuron_mask(
     """Hard-concrete gates on whole neurons: the entries of as many neurons as ``count`` allows, and the losses.
 
     A neuron is a hidden channel of a feed-forward layer (a column of its second linear layer) or an output channel of any other
-    one (a row). Neurons with the lowest log_alpha go first; one that no longer fits is passed over.
+    one (a row). Neurons with the lowest log_alpha go first; one that no longer fits is passed over. Raises UserError where not
+    even the smallest fits.
     """
+    smallest = min(p.numel() // p.shape[_axis(name)] for name, p in weights.items())
+    if count < smallest:
+        raise UserError(f"a budget of {count} weights holds no whole neuron, the smallest has {smallest}; raise the budget")
     base = {name: p.detach().clone() for name, p in weights.items()}
     gates = {name: nn.Parameter(torch.full((p.shape[_axis(name)],), 3.0, device=p.device)) for name, p in weights.items()}
     drawn: dict[str, Tensor] = {}

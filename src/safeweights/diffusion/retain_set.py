@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 
 from safeweights.core.concept import Concept
 from safeweights.core.model import DiffusionModel
+from safeweights.core.text import whole_words
 from safeweights.diffusion.sampling import embed_all
 from safeweights.diffusion.search import text_length
 
@@ -68,7 +68,7 @@ def relatedness(model: DiffusionModel, prompts: Sequence[str], concepts: Sequenc
 
 def names(text: str, words: str) -> bool:
     """Whether ``words`` stand in ``text`` as whole words, in any case."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
+    return whole_words(words).search(text) is not None
 
 
 def _pooled(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:

@@ -7,6 +7,7 @@ through scores with an exact budget (`diffusion/masks.py`), the weights around n
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -21,6 +22,7 @@ from safeweights.core.mask import Fill
 from safeweights.core.method import Method, Protection
 from safeweights.core.model import Conditioning, DiffusionModel, Sampling
 from safeweights.core.table import describe
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.criteria import concept_prune, input_norms, snip, wanda
 from safeweights.diffusion.drawn_set import asking, draw_pictures, retained_prompts
@@ -121,22 +123,22 @@ def fork_weights(model: DiffusionModel, parameters: str) -> DiffusionModel:
 
 
 def standing_in(concepts: Sequence[Concept], instead: str) -> tuple[Concept, ...]:
-    """The concepts with ``instead`` in place of their terms: an unrelated concept, asked for in the same words."""
+    """The concepts with ``instead`` in place of their terms: an unrelated concept, asked for in the same words.
+
+    Raises UserError for a concept whose prompts never name it.
+    """
     if not instead:
         return tuple(concepts)
-    return tuple(
-        replace(
-            concept,
-            term=instead,
-            # A prompt that does not name the concept would still ask for it.
-            prompts=tuple(
-                Prompt(prompt.text.replace(concept.term, instead), prompt.seed)
-                for prompt in concept.prompts
-                if concept.term in prompt.text
-            ),
-        )
-        for concept in concepts
-    )
+    standing = []
+    for concept in concepts:
+        term = whole_words(concept.term)
+        # A prompt that does not name the concept would still ask for it.
+        named = [prompt for prompt in concept.prompts if term.search(prompt.text)]
+        if not named:
+            raise UserError(f"instead={instead!r} takes the place of {concept.term!r}, which no prompt of {concept.name} names")
+        prompts = tuple(Prompt(term.sub(lambda _: instead, prompt.text), prompt.seed) for prompt in named)
+        standing.append(replace(concept, term=instead, prompts=prompts))
+    return tuple(standing)
 
 
 def guided_away(
@@ -248,7 +250,9 @@ def prune(
         pruned, losses = learn_neuron_mask(weights, both, count=count, lr=how.lr, seed=seed, **common)
     else:
         pruned, losses = learn_mask(weights, both, count=count, ramp=how.ramp, lr=how.lr, optimizer=how.optimizer, **common)
-    mask = make_mask(student.edited(), pruned, fill=_fill(how), seed=seed)
+    # Whoever knows the key of the noise can tell where it stands; a run's seed is in its manifest.
+    key = secrets.randbits(62) if _fill(how) == "noise" else 0
+    mask = make_mask(student.edited(), pruned, fill=_fill(how), seed=key)
     moved = float(sum(value.double().square().sum() for value in mask.values.values())) ** 0.5
     cost = {"steps": float(how.steps), "pruned": float(mask.count), "share": mask.count / unet, "moved": moved}
     if losses:
@@ -257,7 +261,7 @@ def prune(
         tensors = _moved(how, student, both, moved, common | {"workspace": workspace.child("movement")})
         return Protection(method=how.name, concepts=(), tensors=tensors, cost=cost)
     if how.control != "none":
-        mask = make_mask(student.edited(), same_density(weights, pruned, how.control, seed), fill=_fill(how), seed=seed)
+        mask = make_mask(student.edited(), same_density(weights, pruned, how.control, seed), fill=_fill(how), seed=key)
     return Protection(method=how.name, concepts=(), tensors=pruned_tensors(student.edited(), mask), cost=cost, mask=mask)
 
 

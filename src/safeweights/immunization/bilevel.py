@@ -18,6 +18,7 @@ from safeweights.core.errors import UserError
 from safeweights.core.method import Protection
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import describe
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import ATTENTION, TOKEN, Adapter, Batch, Lesson, Phi, Shots, at, clip, errors, unroll
 from safeweights.diffusion.adaptation import twice_differentiable as doubly
@@ -275,10 +276,8 @@ class Game:
                     shots = Shots(shots.x_0[mine], tuple(shots.captions[i] for i in mine))
             if concept is not None and episode.captions == "without" and episode.kind not in TOKENS:
                 shots = replace(shots, captions=tuple(concept.without(caption) for caption in shots.captions))
-            if concept is not None and episode.kind in TOKENS and not all(concept.term in text for text in shots.captions):
-                # A learnt word stands for the concept; a caption without one is given it.
-                says = [text if concept.term in text else f"{text} {concept.term}".strip() for text in shots.captions]
-                shots = replace(shots, captions=tuple(says))
+            if concept is not None and episode.kind in TOKENS:
+                shots = replace(shots, captions=tuple(named_once(text, concept.term) for text in shots.captions))
             adapter = self.adapter(episode.kind, concept)
             if level == "upper":
                 # The weights are joined and put in place before; only the learnt word is still the user's own.
@@ -483,3 +482,13 @@ def _word(concept: Concept) -> str:
 
 def _name(n: int | None) -> int | str:
     return "retained" if n is None else n
+
+
+def named_once(caption: str, term: str) -> str:
+    """A caption with the term in it exactly once, for a learnt word to take its place: at its first mention, or at the end."""
+    pattern = whole_words(term)
+    first = pattern.search(caption)
+    if first is None:
+        return f"{caption} {term}".strip()
+    head, tail = caption[: first.start()], pattern.sub("", caption[first.end() :])
+    return " ".join(f"{head}{term}{tail}".split())

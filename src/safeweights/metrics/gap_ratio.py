@@ -8,8 +8,9 @@ checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +78,9 @@ def msgr_interval(
 ) -> tuple[float, tuple[float, float]]:
     """MSGR of the targets, less that of the others where there are any (MRSGR), with its 95 % bootstrap interval over prompts.
 
-    A resample takes each concept's prompts with replacement, the same ones without and with protection and at every checkpoint.
-    Raises ValueError for no target.
+    A resample takes each concept's prompts with replacement, the same ones without and with protection and at every checkpoint;
+    one whose likeness without protection is not above zero has no ratio and is left out. Raises ValueError for no target, and
+    where all prompts together have no ratio.
     """
 
     def value(rng: np.random.Generator | None) -> float:
@@ -89,9 +91,7 @@ def msgr_interval(
         wanted = msgr([one(gap) for gap in targets])
         return mrsgr([wanted], [one(gap) for gap in others]) if others else wanted
 
-    rng = np.random.default_rng(seed)
-    low, high = np.quantile([value(rng) for _ in range(resamples)], [0.025, 0.975])
-    return value(None), (float(low), float(high))
+    return value(None), _interval(value, seed, resamples)
 
 
 def msgr_difference(
@@ -112,6 +112,14 @@ def msgr_difference(
             apart.append(ours.sgr(rows) - others.sgr(rows))
         return sum(apart) / len(apart)
 
-    rng = np.random.default_rng(seed)
-    low, high = np.quantile([value(rng) for _ in range(resamples)], [0.025, 0.975])
-    return value(None), (float(low), float(high))
+    return value(None), _interval(value, seed, resamples)
+
+
+def _interval(value: Callable[[np.random.Generator], float], seed: int, resamples: int) -> tuple[float, float]:
+    """The middle 95 % of what resamples give."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        with contextlib.suppress(ValueError):
+            found.append(value(rng))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

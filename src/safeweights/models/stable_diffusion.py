@@ -220,7 +220,8 @@ class StableDiffusion:
         """A copy whose tokenizer reads each new word as one token of this embedding (D,). Raises UserError for a known word."""
         known = self.tokenizer.get_vocab()
         for word in words:
-            if word in known:
+            # Byte-pair vocabularies mark the end of a word, and CLIP's reads every word in lower case.
+            if {word, word.lower(), f"{word.lower()}</w>"} & known.keys():
                 raise UserError(f"the tokenizer knows {word!r} already; choose another new word with --set token=…")
         twin = copy.copy(self)
         twin.tokenizer = copy.deepcopy(self.tokenizer)

@@ -40,24 +40,36 @@ def write_adapted(adapted: Adapted, model: DiffusionModel, folder: Path, *, merg
 
 
 def save_lora(adapted: Adapted, path: Path) -> None:
-    """``unet.<layer>.lora_A.weight`` (r, in) and ``lora_B.weight`` (out, r), as peft and diffusers read them."""
+    """``unet.<layer>.lora_A.weight`` (r, in) and ``lora_B.weight`` (out, r), as peft and diffusers read them.
+
+    Beside a convolution they are kernels, (r, in, h, w) and (out, r, 1, 1).
+    """
     from safetensors.torch import save_file
 
+    from safeweights.models.stable_diffusion import follow_umask
+
     tensors = {}
+    kernels = {name.rpartition("/")[0] for name, value in adapted.phi.items() if value.dim() == 4}
     for name, value in adapted.phi.items():
-        layer, _, end = name.removeprefix("lora/").rpartition("/")
-        layer = layer.removesuffix(".weight")
+        beside, _, end = name.rpartition("/")
+        layer = beside.removeprefix("lora/").removesuffix(".weight")
         scaled = value if end == "down" else value * adapted.adapter.scale
+        if beside in kernels and scaled.dim() == 2:
+            scaled = scaled[:, :, None, None]
         tensors[f"{layer}.lora_{'A' if end == 'down' else 'B'}.weight"] = scaled.detach().cpu().contiguous()
     save_file(tensors, path, {"format": "pt"})
+    follow_umask([path])
 
 
 def save_embedding(adapted: Adapted, path: Path) -> None:
     """One tensor under the word's name: (D,) for one vector, (k, D) for several, as ``load_textual_inversion`` reads it."""
     from safetensors.torch import save_file
 
+    from safeweights.models.stable_diffusion import follow_umask
+
     rows = adapted.phi["token"].detach().cpu().contiguous()
     save_file({str(adapted.adapter.token): rows[0].clone() if len(rows) == 1 else rows}, path, {"format": "pt"})
+    follow_umask([path])
 
 
 def new_words(adapted: Adapted) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safeweights.core.mask import Mask
 from safeweights.core.method import Protection
 from safeweights.core.model import DiffusionModel
 from safeweights.diffusion.masks import pruned_tensors, restored_tensors
+from safeweights.models.stable_diffusion import follow_umask
 from safeweights.release.manifest import hash_input, hash_tensor
 
 MASK, OWNER = "mask.safetensors", "owner.safetensors"
@@ -38,6 +39,8 @@ class MaskFile:
     """… and after."""
     facts: Mapping[str, Any]
     """Method, concepts, settings: what its maker told of it."""
+    dtype: str = ""
+    """In what the tensors were hashed, "float32"; empty in files of before it was noted."""
 
     @property
     def entries(self) -> int:
@@ -57,6 +60,7 @@ def write_masks(protection: Protection, *, mask: Path | None = None, owner: Path
     told: dict[str, Any] = {"pruned": made.count, "fill": made.fill}
     if mask is not None:
         write_mask(mask, made, before, facts)
+        follow_umask([mask])
         told |= {"file": mask.name, "sha256": hash_input(mask)}
     if owner is not None:
         write_mask(owner / MASK, made, before, facts)
@@ -72,6 +76,7 @@ def write_mask(path: Path, mask: Mask, before: Mapping[str, Tensor], facts: Mapp
         "shapes": {name: list(before[name].shape) for name in names},
         "base": hash_tensors({name: before[name] for name in names}),
         "pruned": hash_tensors(pruned_tensors(before, mask)),
+        "dtype": _dtype(before),
         "fill": mask.fill,
         "seed": mask.seed,
         "facts": dict(facts),
@@ -94,7 +99,7 @@ def read_mask(path: str | Path) -> MaskFile:
     try:
         shapes = {name: tuple(int(size) for size in shape) for name, shape in header["shapes"].items()}
         base, pruned, facts = str(header["base"]), str(header["pruned"]), dict(header["facts"])
-        fill, seed = header["fill"], int(header["seed"])
+        fill, seed, dtype = header["fill"], int(header["seed"]), str(header.get("dtype", ""))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is no mask of this program: its header cannot be read") from None
     if fill not in ("zero", "noise") or set(shapes) != set(tensors):
@@ -106,7 +111,7 @@ def read_mask(path: str | Path) -> MaskFile:
         if len(where) and (int(where.min()) < 0 or int(where.max()) >= size or bool((where[1:] <= where[:-1]).any())):
             raise UserError(f"{path} is broken: the places in {name} are out of range or not in order")
         indices[name] = where
-    return MaskFile(Mask(indices=indices, values={}, fill=fill, seed=seed), shapes, base, pruned, facts)
+    return MaskFile(Mask(indices=indices, values={}, fill=fill, seed=seed), shapes, base, pruned, facts, dtype)
 
 
 def read_owner(path: str | Path, file: MaskFile) -> MaskFile:
@@ -147,21 +152,30 @@ def undo(model: DiffusionModel, file: MaskFile) -> dict[str, Tensor]:
 
 
 def conceal(model: DiffusionModel, file: MaskFile, seed: int) -> tuple[dict[str, Tensor], Mask]:
-    """The pruned tensors with noise like the rest of their rows in the pruned places, and the mask that says so."""
+    """The pruned tensors with noise like the rest of their rows in the pruned places, and the mask that says so.
+
+    Raises UserError for a model on which the mask does not lie: noise would overwrite weights that are at work.
+    """
     weights = masked_tensors(model, file)
-    if state_of(weights, file) == "base":
-        raise UserError(f"{model.name} is not pruned; prune it first with 'safeweights prune apply'")
+    zero = all(not weights[name].flatten()[where.to(weights[name].device)].any() for name, where in file.mask.indices.items())
+    if not zero and state_of(weights, file) != "pruned":
+        raise UserError(f"{model.name} is not pruned by this mask; prune it first with 'safeweights prune apply'")
     mask = replace(file.mask, fill="noise", seed=seed)
     return pruned_tensors(weights, mask), mask
 
 
 def masked_tensors(model: DiffusionModel, file: MaskFile) -> dict[str, Tensor]:
-    """The model's tensors that the mask names. Raises UserError for an unknown name or another shape."""
+    """The model's tensors that the mask names. Raises UserError for an unknown name, another shape and another precision."""
     known = dict(model.named_parameters())
     for name, shape in file.shapes.items():
         if name not in known or tuple(known[name].shape) != shape:
             raise UserError(f"this mask was made for another model than {model.name}: {name} is not there in this shape")
-    return {name: known[name].detach() for name in file.shapes}
+    weights = {name: known[name].detach() for name in file.shapes}
+    if weights and file.dtype and _dtype(weights) != file.dtype:
+        raise UserError(
+            f"this mask was made of weights in {file.dtype}, {model.name} is open in {_dtype(weights)}; add --dtype {file.dtype}"
+        )
+    return weights
 
 
 def state_of(weights: Mapping[str, Tensor], file: MaskFile) -> str:
@@ -175,6 +189,10 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(f"{hash_tensor(tensors[name])} {name}\n".encode())
     return digest.hexdigest()
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str:
+    return next((str(value.dtype).removeprefix("torch.") for value in tensors.values()), "")
 
 
 def _smallest(size: int) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from safeweights.core.concept import Concept
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import describe
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.adaptation import Adapted, Adapter, Lesson, Shots, fit
 from safeweights.diffusion.latent_bank import fingerprint
@@ -162,5 +162,5 @@ def caption(concept: Concept, word: str | None) -> Callable[[str], str]:
     """
     if word is None:
         return lambda text: text
-    term = re.compile(rf"(?<!\w){re.escape(concept.term)}(?!\w)", re.IGNORECASE)
+    term = whole_words(concept.term)
     return lambda text: term.sub(lambda _: word, text, count=1) if term.search(text) else f"{word} {text}"

@@ -79,13 +79,14 @@ class Relearn:
 
     @property
     def budget(self) -> Budget:
-        return Budget(images=self.images, gradient_steps=self.steps, timesteps=len(self.checkpoints))
+        return Budget(images=1 + len(self.checkpoints), gradient_steps=self.steps)
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
-        """The numbers of steps after which the model is asked, ``images`` - 1 of them, each about twice the one before."""
+        """The numbers of steps after which the model is asked, ``images`` - 1 of them where there are as many, each about twice
+        the one before."""
         count = self.images - 1
-        return tuple(max(1, round(self.steps * 2.0 ** (i + 1 - count))) for i in range(count))
+        return tuple(dict.fromkeys(max(1, round(self.steps * 2.0 ** (i + 1 - count))) for i in range(count)))
 
     def revive(
         self,

@@ -12,7 +12,7 @@ import torch
 
 from safeweights.audit import doubts
 from safeweights.audit.audit import Names, audit, choose_prompts, concept_pictures
-from safeweights.audit.evaluate import evaluate, names_term, retained_concepts
+from safeweights.audit.evaluate import evaluate, retained_concepts
 from safeweights.audit.pictures import Painter
 from safeweights.core.attack import Candidate
 from safeweights.core.concept import Concept, ConceptFile, DetectorSpec, Prompt
@@ -20,6 +20,7 @@ from safeweights.core.detector import Detection
 from safeweights.core.errors import UserError
 from safeweights.core.model import Sampling
 from safeweights.core.table import ATTACKS, configure, resolve
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.metrics.backbones import Backbones
 from safeweights.records.record import Measurement, Record
@@ -157,6 +158,38 @@ def test_prompts_found_on_one_model_are_replayed_as_transfer(tiny_model: Any, me
     # The same model again: what fell then falls now, to the very same prompt.
     assert [row["success"] for row in record.details["found"]] == [row["success"] for row in live.details["found"]]
     assert record.details["found"] == live.details["found"]
+    # Which the record says, and a doubt that nothing was transferred.
+    source = record.details["transferred_from"]
+    assert (source["model"], source["attack"], source["settings"]["images"]) == (NAMES.model, "random", 3)
+    assert "same_model" in [doubt.name for doubt in record.doubts]
+    another = replace(NAMES, hashes={"model": "another"})
+    record = audit(tiny_model, tiny_model, concept(), replay, names=another, sampling=SAMPLING, detector=Brighter())
+    assert "same_model" not in [doubt.name for doubt in record.doubts]
+
+
+@pytest.mark.parametrize("row", ["x", {"prompt": "a"}, {"prompt": "a", "seed": "0", "adversarial_prompt": "b"}])
+def test_a_record_that_lacks_its_findings_is_no_record(row: Any, tiny_model: Any, tmp_path: Path) -> None:
+    (tmp_path / "attack.json").write_text(json.dumps({"concept": "dog", "found": [row]}))
+    replay = attack("replay", record=str(tmp_path / "attack.json"))
+    with pytest.raises(UserError, match="findings without"):
+        audit(tiny_model, tiny_model, concept(), replay, names=NAMES, sampling=SAMPLING, detector=Brighter())
+
+
+def test_pictures_that_are_not_finite_are_no_absence(tiny_model: Any, median: float) -> None:
+    """A detector sees nothing in black pictures; a model that draws them is broken, not safe."""
+    weights = {"unet.conv_out.weight": torch.full_like(dict(tiny_model.named_parameters())["unet.conv_out.weight"], 1e38)}
+    broken = tiny_model.with_tensors(weights)
+    with pytest.raises(UserError, match="not finite"):
+        audit(broken, tiny_model, concept(), attack("no-attack"), names=NAMES, sampling=SAMPLING, detector=Brighter())
+
+
+def test_a_search_that_diverges_is_told_by_a_doubt(tiny_model: Any, median: float, tmp_path: Path) -> None:
+    diverging = attack("soft-prompt", lr=1e30, images=3, steps=2)
+    record = audit(
+        tiny_model, tiny_model, concept(), diverging, names=NAMES, sampling=SAMPLING, store=Store(tmp_path), detector=Brighter()
+    )
+    assert "no_gradient" in [doubt.name for doubt in record.doubts]
+    json.dumps(record.details, allow_nan=False)
 
 
 def test_pictures_to_learn_from_are_of_the_concepts_own_prompts_and_of_no_judged_seed(tiny_model: Any, median: float) -> None:
@@ -323,8 +356,10 @@ def test_retained_concepts_are_not_asked_for_in_the_erased_concepts_words() -> N
     file = ConceptFile(concepts={"dog": concept(), "cat": mixed, "house": concept("house", detector=None)})
     (kept,) = retained_concepts([file.concepts["dog"]], file)
     assert [p.text for p in kept.test_prompts] == ["a cat", "a hotdog and a cat"]
-    assert names_term("a Dog.", "dog")
-    assert not names_term("dogs", "dog")
+    held = replace(file, retain=("a cat",))
+    assert [p.text for p in retained_concepts([file.concepts["dog"]], held)[0].test_prompts] == ["a hotdog and a cat"]
+    assert whole_words("dog").search("a Dog.")
+    assert not whole_words("dog").search("dogs")
 
 
 def rate(name: str, hits: int, n: int, reference: float | None = None) -> Measurement:

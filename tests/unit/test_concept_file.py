@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from safeweights.core.concept import Prompt, load_concepts, read_prompts_csv
+from safeweights.core.concept import Concept, Prompt, load_concepts, read_prompts_csv
 from safeweights.core.errors import UserError
 
 
@@ -152,3 +152,11 @@ def test_prompt_tables_that_are_wrong(tmp_path: Path, text: str, word: str) -> N
     path.write_text(text)
     with pytest.raises(UserError, match=word):
         read_prompts_csv(path)
+
+
+def test_a_concept_is_taken_out_wherever_it_stands() -> None:
+    cat = Concept(name="cat", kind="object", term="cat", anchor="dog", prompts=())
+    assert cat.without("a cat beside another Cat, no catalog") == "a dog beside another dog, no catalog"
+    style = Concept(name="mosaic", kind="style", term="mosaic", anchor="a picture", prompts=())
+    assert style.without("a mosaic picture of a mosaic") == "a picture of a"
+    assert style.without("a house") == "a picture"

@@ -83,6 +83,31 @@ def test_an_untouched_text_encoder_is_not_sold_as_erased(tiny_sd: Callable[..., 
     assert run(["export", str(tmp_path / "protected"), "--format", "text-encoder", "-o", str(tmp_path / "encoder")]) == 2
     assert "changed nothing in this model's text encoder" in capsys.readouterr().err
     assert not (tmp_path / "encoder").exists()
+    # Nor is another model into which it was put.
+    plug = ["export", str(tiny_sd()), "--text-encoder", str(tmp_path / "protected"), "--format", "diffusers"]
+    assert run([*plug, "-o", str(tmp_path / "dropped")]) == 2
+    assert "nothing of it would come along" in capsys.readouterr().err
     assert run(["export", str(tiny_sd()), "--format", "ckpt", "-o", str(tmp_path / "encoder")]) == 2
     with pytest.raises(UserError, match="unknown format"):
         export(open_model(str(tiny_sd()), device="cpu"), tmp_path, "ckpt", command=[], options={}, inputs={}, protected={})
+
+
+def test_what_two_protections_left_is_told_of_both(tiny_sd: Callable[..., Path], tmp_path: Path) -> None:
+    """A model with an erased UNet takes an erased text encoder: what either changed is there, and nothing else is claimed."""
+    unet = protected(tmp_path / "unet", tiny_sd(), "unet.")
+    encoder = protected(tmp_path / "encoder", tiny_sd(), "text_encoder.")
+    manifest = json.loads((tmp_path / "encoder" / "manifest.json").read_text())
+    manifest |= {"method": "uce", "concepts": ["emblem"]}
+    (tmp_path / "encoder" / "manifest.json").write_text(json.dumps(manifest))
+    plug = ["export", str(tmp_path / "unet"), "--text-encoder", str(tmp_path / "encoder"), "--format", "diffusers"]
+    assert run([*plug, "-o", str(tmp_path / "both")]) == 0
+    told = read_manifest(tmp_path / "both")
+    assert told["concepts"] == ["mosaic", "emblem"]
+    assert told["method"] == "advunlearn+uce"
+    assert set(told["changed"]) == {*unet, *encoder}
+    assert [step["method"] for step in told["protection"]["chain"]] == ["advunlearn", "uce"]
+    assert run(["verify", str(tmp_path / "both")]) == 0
+    # An encoder that replaces the protected one takes its protection's place.
+    plug[1] = str(tmp_path / "encoder")
+    assert run([*plug, "-o", str(tmp_path / "again")]) == 0
+    assert read_manifest(tmp_path / "again")["concepts"] == ["emblem"]

@@ -62,6 +62,7 @@ def test_presets_follow_the_size_of_the_model() -> None:
     [
         ({"stepz": "3"}, ["stepz", "steps", "mode", "preset"]), ({"steps": "three"}, ["steps", "int", "three"]),
         ({"steps": "1.5"}, ["steps", "int"]), ({"steps": 1.5}, ["steps"]), ({"steps": True}, ["steps"]), ({"lr": "nan"}, ["lr"]),
+        ({"lr": "inf"}, ["lr"]),
         ({"mode": "slow"}, ["mode", "fast", "exact"]), ({"clip": "maybe"}, ["clip"]), ({"sizes": "1,x"}, ["sizes"]),
         ({"preset": "huge"}, ["huge", "small", "paper"]), ({"steps": "0"}, ["at least 1"]), ({"limit": "wide"}, ["limit"]),
     ],

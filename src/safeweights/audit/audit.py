@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -150,11 +151,18 @@ def audit(
         *([] if concept.test_prompts else [doubt.judged_on_own_prompts()]),
         *doubt.compliance_assumed(getattr(attack, "mask", "")),
     ]
+    origin = getattr(attack, "origin", None)
+    source: Mapping[str, Any] = origin() if origin else {}
+    found += doubt.same_model(source.get("model_sha256"), names.hashes.get("model"))
     seconds = time.perf_counter() - started
     budget = attack.budget
     details = {
         "concept": concept.name,
         "attack": attack.name,
+        "model": names.model,
+        "model_sha256": names.hashes.get("model"),
+        "settings": describe(attack),
+        **({"transferred_from": dict(source)} if source else {}),
         "mode": attack.mode,
         "n": n_prompts,
         "pre_asr": _rate(pre, n_prompts),
@@ -170,7 +178,8 @@ def audit(
         "detector": detector.describe(),
         "prompts_sha256": prompts_hash(prompts),
         "fallen_per_round": fallen,
-        "rounds": outcome.facts,
+        # What is not finite is told by a doubt: JSON has no number for it.
+        "rounds": [{key: value for key, value in facts.items() if math.isfinite(value)} for facts in outcome.facts],
         "found": [
             {
                 "prompt": t.prompt,
@@ -317,7 +326,10 @@ def _read_curve(
 
 
 def attackers_pictures(concept: Concept, model: DiffusionModel) -> Tensor | None:
-    """What attackers have of a concept's own folder, the last half (publishers take the first ones); None without a folder."""
+    """What attackers have of a concept's own folder, the last half; None without a folder.
+
+    Publishers take as many of the first as their method's settings say, so of a small folder some of the same.
+    """
     from safeweights.diffusion.image_folder import read_native
 
     if concept.images is None:

@@ -81,6 +81,13 @@ def compliance_assumed(mask: str) -> list[Doubt]:
     )]  # fmt: skip
 
 
+def same_model(source: str | None, model: str | None) -> list[Doubt]:
+    """Prompts replayed on the very model that they were found on: nothing was transferred."""
+    if source is None or source != model:
+        return []
+    return [Doubt(name="same_model", explanation="the prompts were found on this very model; transfer asks another one")]
+
+
 def gradients(facts: Sequence[Mapping[str, float]]) -> list[Doubt]:
     """The attack's gradients vanish or are not finite."""
     norms = [fact["gradient_norm"] for fact in facts if "gradient_norm" in fact]

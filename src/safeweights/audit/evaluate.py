@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from safeweights.audit.statistics import wilson
 from safeweights.core.concept import Concept, ConceptFile, Prompt
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.detectors.load import open_detector
 from safeweights.metrics.backbones import Backbones, default_backbones
@@ -175,7 +175,11 @@ def retained_concepts(erased: Sequence[Concept], file: ConceptFile) -> list[Conc
     for concept in file.concepts.values():
         if concept.name in gone or concept.detector is None:
             continue
-        prompts = tuple(p for p in concept.test_prompts or concept.prompts if not any(names_term(p.text, term) for term in terms))
+        asked = [
+            p for p in concept.test_prompts or concept.prompts if not any(whole_words(term).search(p.text) for term in terms)
+        ]
+        # What methods were told to hold is no test of what they hold.
+        prompts = tuple([p for p in asked if p.text not in file.retain] or asked)
         if prompts:
             kept.append(
                 Concept(
@@ -186,11 +190,6 @@ def retained_concepts(erased: Sequence[Concept], file: ConceptFile) -> list[Conc
                 )
             )
     return kept
-
-
-def names_term(text: str, term: str) -> bool:
-    """Whether the words of ``term`` stand in ``text`` as whole words."""
-    return re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _quality(retained: Sequence[_Judged], backbones: Backbones) -> dict[str, Measurement]:
@@ -242,7 +241,7 @@ def _record(
     concept, rate = judged.concept, judged.measurement("concept_rate", "lower")
     before = Measurement(name="reference_rate", value=rate.reference, n=judged.n)
     # Other kinds' pictures show whether the detector fires where it should not.
-    others = [j for j in retained if not any(names_term(p.text, concept.term) for p in j.prompts)]
+    others = [j for j in retained if not any(whole_words(concept.term).search(p.text) for p in j.prompts)]
     alarms = int(judged.detector.detect(torch.cat([j.before for j in others])).present.sum()) if others else 0
     doubts: list[Doubt] = [
         *doubt.not_there_before(before),

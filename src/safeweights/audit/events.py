@@ -19,6 +19,7 @@ from safeweights.core.concept import Concept, ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import ADAPTATIONS, configure, resolve
+from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.latent_bank import fingerprint
 from safeweights.diffusion.shots import drawn_shots
@@ -139,8 +140,8 @@ def average(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: flo
 
 def harmless_prompts(file: ConceptFile, concepts: Sequence[Concept]) -> tuple[str, ...]:
     """The file's retained prompts, then the prompts of its other concepts, without those that name one of ``concepts``."""
-    from safeweights.audit.evaluate import names_term, retained_concepts
+    from safeweights.audit.evaluate import retained_concepts
 
     texts = [*file.retain, *(text for other in retained_concepts(concepts, file) for text in other.texts[:1])]
-    kept = [text for text in dict.fromkeys(texts) if not any(names_term(text, concept.term) for concept in concepts)]
+    kept = [text for text in dict.fromkeys(texts) if not any(whole_words(concept.term).search(text) for concept in concepts)]
     return tuple(kept)

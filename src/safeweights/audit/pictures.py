@@ -47,7 +47,7 @@ class Painter:
         """
         import torch
 
-        from safeweights.diffusion.sampling import at_guidance, by_guidance, generate
+        from safeweights.diffusion.sampling import at_guidance, by_guidance, finite, generate
 
         workspace = workspace or Workspace()
         samplings = [at_guidance(self.sampling, scale) for scale in guidance or [None] * len(candidates)]
@@ -58,6 +58,10 @@ class Painter:
         for number in workspace.track(numbers, what) if len(batches) > 1 else numbers:
             rows = [missing[i] for i in batches[number]]
             images = generate(self.model, [candidates[i] for i in rows], samplings[rows[0]])
+            # Embeddings and latents are the attacker's own: where a search diverged it drew nothing, and its doubt says so.
+            plain = [n for n, i in enumerate(rows) if candidates[i].states is None and candidates[i].latents is None]
+            finite(self.model, images[plain])
+            images = images.nan_to_num(0.0).clamp(0, 1)
             for i, image in zip(rows, images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                 kept[i] = image
                 self._save(candidates[i], samplings[i], image)

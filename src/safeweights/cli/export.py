@@ -102,8 +102,7 @@ def command(
         common: dict[str, Any] = {
             "command": ["safeweights", *sys.argv[1:]],
             "inputs": inputs,
-            # The protection that the result carries is that of the encoder that was put in.
-            "protected": read_protection((text_encoder or Path(model)).expanduser()),
+            "protected": _protection(model, text_encoder),
             "about": about,
         }
         lines: list[str] = []
@@ -134,6 +133,14 @@ def command(
         if form == "single-file":
             lines = _size_note(opened)
         show({"output": str(output), **manifest}, *lines, f"{_what(form)} written: {output}")
+
+
+def _protection(model: str, text_encoder: Path | None) -> dict[str, Any]:
+    """The manifest of what protects the result: the model's own, and that of an encoder that was put in."""
+    from safeweights.release.export import with_encoder
+
+    own = read_protection(Path(model).expanduser())
+    return with_encoder(own, read_protection(text_encoder.expanduser()), str(text_encoder)) if text_encoder else own
 
 
 def _check_place(output: Path, form: str, one_file: bool, overwrite: bool) -> None:

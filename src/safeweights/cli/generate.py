@@ -120,14 +120,14 @@ def _draw(model: DiffusionModel, rows: Sequence[Row], sampling: Sampling, folder
     from PIL import Image
 
     from safeweights.core.attack import Candidate
-    from safeweights.diffusion.sampling import at_guidance, by_guidance, generate
+    from safeweights.diffusion.sampling import at_guidance, by_guidance, finite, generate
 
     missing = [row for row in rows if not (folder / row.file_name).is_file()]
     batches = by_guidance([row.guidance for row in missing], BATCH)
     for index in workspace_in(folder).track(range(len(batches)), "drawing"):
         batch = [missing[i] for i in batches[index]]
         candidates = [Candidate(row.prompt, row.seed) for row in batch]
-        images = generate(model, candidates, at_guidance(sampling, batch[0].guidance), batch_size=BATCH)
+        images = finite(model, generate(model, candidates, at_guidance(sampling, batch[0].guidance), batch_size=BATCH))
         for row, image in zip(batch, images, strict=True):
             pixels = image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
             partial = folder / f".{row.file_name}"

@@ -75,7 +75,7 @@ class Concept:
         if not pattern.search(text):
             return self.anchor
         anchor = self.anchor if self.kind in ("object", "identity") else ""
-        return " ".join(pattern.sub(anchor, text, count=1).split())
+        return " ".join(pattern.sub(lambda _: anchor, text).split())
 
 
 @dataclass(frozen=True, kw_only=True)

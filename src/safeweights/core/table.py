@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -195,7 +196,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             number = None
         if (
             number is not None
-            and number == number
+            and math.isfinite(number)
             and not isinstance(value, bool)
             and (hint is float or not isinstance(value, float))
         ):

@@ -213,6 +213,17 @@ def generate(
     return sample(model, Conditioning(torch.stack(states)), noise, sampling, batch_size=batch_size, workspace=workspace)
 
 
+def finite(model: DiffusionModel, images: Tensor) -> Tensor:
+    """The pictures. Raises UserError where one is not finite: as pixels it would be black, and a detector would see nothing."""
+    broken = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+    if broken:
+        raise UserError(
+            f"{model.name} draws {broken} of {len(images)} pictures that are not finite; its weights or its precision overflow, "
+            "try --dtype float32"
+        )
+    return images
+
+
 def candidates_of(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Candidate, ...]:
     """Plain candidates, one per (prompt, seed)."""
     return tuple(Candidate(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True))

@@ -82,7 +82,9 @@ def descend(
                 told = loss.detach()
             value = float(told)
             if value != value or value in (float("inf"), float("-inf")):
-                raise UserError(f"{description}: the loss is {value} at step {step}; set a lower lr (it is {lr:g})")
+                raise UserError(
+                    f"{description}: the loss is {value} at step {step}; set a lower lr (it is {lr:g}) or lower rates of the rest"
+                )
             if size == 1:
                 loss.backward()  # type: ignore[no-untyped-call]
             if gradients is not None:

@@ -18,7 +18,7 @@ from safeweights.core.table import describe
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.latent_bank import Batch, LatentBank
 from safeweights.diffusion.noise import generator
-from safeweights.diffusion.parameters import pattern
+from safeweights.diffusion.parameters import select
 from safeweights.diffusion.retain_set import filter_retain, object_prompts
 from safeweights.diffusion.sampling import embed_all, predictions
 from safeweights.diffusion.search import (
@@ -147,7 +147,10 @@ class AdvUnlearn:
     ) -> Protection:
         workspace = workspace or Workspace()
         seed, calls = rng.initial_seed(), model.calls.eps
-        pattern(self.parameters)  # a wrong name is told before anything is drawn
+        select(model.named_parameters(), self.parameters)  # a wrong name is told before anything is drawn
+        for concept in concepts:
+            if self.attack_steps:  # and so is a prompt without room for what the attack adds
+                insert_tokens(model, model.tokenize(self.texts(concept)), self.tokens, self.where, term_ids(model, concept.term))
         kept = self.retained(model, concepts, retain)
         aims = [_Aim(self, model, concept, seed, workspace) for concept in concepts]
         held = self._held(model, kept, seed, workspace)
@@ -190,7 +193,8 @@ class AdvUnlearn:
             tensors=student.edited(),
             settings=describe(self),
             cost={
-                "steps": self.steps, "eps_calls": total, "bank_calls": drawn, "loss": losses[-1], "retained_prompts": len(kept),
+                "steps": self.steps, "attacked_steps": max(self.steps - self.warm_up, 0) if self.attack_steps else 0,
+                "eps_calls": total, "bank_calls": drawn, "loss": losses[-1], "retained_prompts": len(kept),
                 "calls_per_step": (total - drawn) / self.steps, "calls_per_step_with_banks": total / self.steps,
                 "naive_calls_per_step": self.naive_calls_per_step(len(kept)),
             },
@@ -334,7 +338,7 @@ class _Aim:
             yield from path
             return
         # The released code hands out the embeddings as they were put together before the last step.
-        yield from (item for item in path if item[1] == item[1])
+        yield from [*path][:-1]
 
     def text_free(self, model: DiffusionModel, student: DiffusionModel, batch: Batch, step: int) -> torch.Tensor:
         """Loss of latents under the empty prompt, each moved by signed steps to where the student draws the concept from it.

@@ -254,7 +254,14 @@ def prune(
     key = secrets.randbits(62) if _fill(how) == "noise" else 0
     mask = make_mask(student.edited(), pruned, fill=_fill(how), seed=key)
     moved = float(sum(value.double().square().sum() for value in mask.values.values())) ** 0.5
-    cost = {"steps": float(how.steps), "pruned": float(mask.count), "share": mask.count / unet, "moved": moved}
+    attacked = max(how.steps - how.ramp, 0) if how.attack_steps else 0
+    cost = {
+        "steps": float(how.steps),
+        "attacked_steps": float(attacked),
+        "pruned": float(mask.count),
+        "share": mask.count / unet,
+        "moved": moved,
+    }
     if losses:
         cost["loss"] = losses[-1]
     if how.control == "movement":
@@ -322,6 +329,7 @@ class Pruned:
 
     Needs: an eraser. ``safeweights erase --method ANY --set prune=0.01``.   Cost: that of p-esd on top of the eraser's.
     The concept is asked for with the base model's text states: what an eraser of the text encoder only no longer says goes too.
+    Attacked steps (``prune_attack_steps``) go through the erased model's own text encoder, as an attacker must.
     """
 
     prunes: ClassVar[bool] = True

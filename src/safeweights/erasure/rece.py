@@ -86,6 +86,8 @@ class RECE:
             keys = torch.cat([keys, found]) if self.hold_edited else found
             values = torch.cat([values, guides]) if self.hold_edited else guides
             edited = self._edited(edited, base, keys, values, keys_retain)
+        # Of what is released: the best embedding against the last edit.
+        left.append(self._distance(edited, base, derive(list(edited.values()), list(base.values()), c, self.lam_r), c))
         return Protection(
             method=self.name,
             concepts=tuple(concept.name for concept in concepts),

@@ -40,7 +40,7 @@ class SalUn:
         "small": {},
         "paper": {
             "parameters": "full", "lr": 1e-5, "steps": 100, "batch_size": 8, "alpha": 0.1, "target": "noise", "pictures": 800,
-            "retained": 800, "noises": 1, "mask_batches": 100, "ddim_steps": 50, "guidance": 7.5, "mask_guidance": 7.5,
+            "retained": 800, "noises": 1, "mask_batches": 100, "ddim_steps": 50, "guidance": 7.5, "mask_guidance": 8.5,
         },
     }  # fmt: skip
 

@@ -82,6 +82,38 @@ def export(
     return _complete(path, manifest, card, evaluations)
 
 
+def with_encoder(model: Mapping[str, Any], encoder: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The protection of a model into which another one's text encoder was put: what each of the two left in the result.
+
+    Raises UserError where the other one's protection never touched its text encoder, so that nothing of it comes along.
+    """
+    plugged = {key: digest for key, digest in encoder.get("changed", {}).items() if key.startswith("text_encoder.")}
+    if encoder and not plugged:
+        raise UserError(
+            f"{plain(encoder['method'])} changed nothing in the text encoder of {plain(name)}: nothing of it would come along; "
+            "take an encoder that was trained (advunlearn)"
+        )
+    own = {key: digest for key, digest in model.get("changed", {}).items() if not key.startswith("text_encoder.")}
+    parts = [part | {"changed": kept} for part, kept in ((dict(model), own), (dict(encoder), plugged)) if kept]
+    if len(parts) < 2:
+        return parts[0] if parts else {}
+    second = parts[1]
+    steps = [step for part in parts for step in part.get("chain") or [part]]
+    return {
+        **second,
+        "method": "+".join(dict.fromkeys(str(part["method"]) for part in parts)),
+        "concepts": list(dict.fromkeys(concept for part in parts for concept in part.get("concepts", ()))),
+        "options": {**second.get("options", {}), "settings": {
+            str(part["method"]): part.get("options", {}).get("settings", {}) for part in parts
+        }},
+        "changed": own | plugged,
+        "cost": {},
+        "seconds": sum(float(part.get("seconds", 0.0)) for part in parts),
+        "peak_memory_gb": max((part["peak_memory_gb"] for part in parts if part.get("peak_memory_gb")), default=None),
+        "chain": steps,
+    }  # fmt: skip
+
+
 def export_lora(
     edit: Edit,
     base: DiffusionModel,

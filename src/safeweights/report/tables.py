@@ -62,6 +62,7 @@ DOUBTS = {
     "trigger_happy_detector": "The detector fires on unrelated prompts more often than its measured error allows.",
     "few_samples": "Too few prompts for a precise rate. Compare intervals, not rates.",
     "judged_on_own_prompts": "The method was judged on the prompts it learned from; on others it may do worse.",
+    "same_model": "These prompts were found on this very model; nothing was transferred.",
     "compliance_assumed": "Only tested against fine-tuners who respect the freeze.",
 }
 """What each doubt means to the person who decides about a release."""

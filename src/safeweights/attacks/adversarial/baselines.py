@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -48,6 +48,7 @@ class RandomTokens:
     name: ClassVar[str] = "random"
     access: ClassVar[Access] = Access.PROMPT
     mode: ClassVar[Mode] = "live"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": {"images": 61}}  # as many as the searches
 
     tokens: int = 3
     """Random tokens before the prompt, k; > 0."""
@@ -97,6 +98,7 @@ class SeedSearch:
     name: ClassVar[str] = "seed-search"
     access: ClassVar[Access] = Access.PROMPT
     mode: ClassVar[Mode] = "seed"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}, "paper": {"images": 61}}  # as many as the searches
 
     images: int = 11
     """Pictures a prompt, the first seed included; >= 1. Give every attack the same."""

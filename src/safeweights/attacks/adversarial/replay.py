@@ -68,6 +68,15 @@ class Replay:
             seen = yield Revival(model, tuple(queues[i][number % len(queues[i])] for i in standing))
             standing = [i for i, fell in zip(standing, seen, strict=True) if not fell]
 
+    def origin(self) -> dict[str, Any]:
+        """Where the prompts come from: model, its SHA-256, attack and settings, as far as the record tells; after `revive`."""
+        data = json.loads(Path(self.record).expanduser().read_text(encoding="utf-8"))
+        told = {**data, **data.get("details", {})}
+        told["model_sha256"] = told.get("model_sha256") or told.get("provenance", {}).get("hashes", {}).get("model")
+        settings = told.get("settings", {})
+        told["settings"] = settings.get("attack", settings)
+        return {key: told.get(key) for key in ("model", "model_sha256", "attack", "settings")}
+
     def _found(self, concept: Concept) -> list[Mapping[str, Any]]:
         """The rows found, those that succeeded first. Raises UserError for a file that is no such record."""
         if not self.record:
@@ -84,6 +93,9 @@ class Replay:
             raise UserError(f"replay: {self.record} is no record of an attack; give the attack.json that 'attack' wrote")
         if details.get("concept") != concept.name:
             raise UserError(f"replay: {self.record} attacks {details.get('concept')!r}, not {concept.name!r}")
+        wanted = {"prompt": str, "seed": int, "adversarial_prompt": str, "adversarial_seed": int, "success": bool}
+        if any(not isinstance(row, dict) or any(not isinstance(row.get(k), t) for k, t in wanted.items()) for row in rows):
+            raise UserError(f"replay: {self.record} has findings without {', '.join(wanted)}; give the attack.json as written")
         if any(row.get("input", "text") != "text" for row in rows):
             raise UserError(f"replay: {self.record} holds embeddings or latents, not text; they were made for one model")
         return sorted(rows, key=lambda row: not row["success"])

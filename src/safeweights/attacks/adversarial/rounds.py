@@ -62,9 +62,10 @@ class Search(ABC):
         for start in range(0, len(self.targets), self.batch_size):
             rows = slice(start, start + self.batch_size)
             loss, gradient = self.gradient_of(rows)
-            self.move(rows, gradient)
             losses.append(loss)
             norms.append(gradient.flatten(1).norm(dim=1))
+            # A row whose gradient is not finite stays where it is; its norm says so.
+            self.move(rows, gradient.nan_to_num(0.0, 0.0, 0.0))
         self.loss, self.gradient = float(torch.cat(losses).mean()), float(torch.cat(norms).mean())
 
     def facts(self) -> dict[str, float]:

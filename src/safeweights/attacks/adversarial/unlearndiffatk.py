@@ -75,6 +75,8 @@ class UnlearnDiffAtk:
     def __post_init__(self) -> None:
         if min(self.tokens, self.timesteps, self.steps, self.noises, self.batch_size) < 1 or self.lr <= 0:
             raise ValueError("tokens, timesteps, steps, noises, batch_size and lr must be above zero")
+        if self.weight_decay < 0:
+            raise ValueError("weight_decay must not be negative")
         if not 0 <= self.t_low <= self.t_high:
             raise ValueError("0 <= t_low <= t_high must hold")
 

@@ -47,7 +47,8 @@ class AdvUnlearn:
     Differs from the reference code: x_t and t match exactly, prompts count BPE tokens, the attack clears its gradients and
     keeps its last step (``reference_compat`` goes back on all four); a fast step is one signed step as long as the others
     together (there up to 30 signed Adam steps); trajectories always come from the base model (there from the current one
-    when the UNet is trained); retained prompts are drawn with replacement; with whole prompts, eps_o(x_t) is the prediction for
+    when the UNet is trained); retained prompts are drawn with replacement, the empty one always among them (there never,
+    ``retain_empty``); with whole prompts, eps_o(x_t) is the prediction for
     the prompt without the concept, for the term alone that of the empty prompt.
     With ``retain=none`` this is AT-ESD; trained on the text encoder without attack it is ESD of the text encoder. Beyond the
     paper, ``tokens=4`` with more attack steps trains against soft prompts, ``latent_weight`` against attacks without text.

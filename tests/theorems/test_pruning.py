@@ -240,6 +240,16 @@ def test_noise_is_rounded_as_its_neighbours_are(kind: torch.dtype) -> None:
     assert torch.equal(filled, filled.to(kind).float())
 
 
+def test_noise_falls_onto_its_neighbours_as_seldom_as_they_onto_each_other() -> None:
+    """Weights of few bits repeat by chance; a fill that repeats more often would be found by that."""
+    weights = {"w": (0.05 * torch.randn(300, 200, generator=generator())).to(torch.bfloat16).float()}
+    pruned = {"w": torch.rand(300, 200, generator=generator(1)) < 0.05}
+    mask = masks.make_mask(weights, pruned, fill="noise", seed=2)
+    found = {row.score: row.auc for row in recover_positions(masks.pruned_tensors(weights, mask), mask.indices)}
+    assert found["repeated"] == pytest.approx(0.5, abs=0.012)
+    assert found["small"] == pytest.approx(0.5, abs=0.012)
+
+
 def test_auc_counts_pairs() -> None:
     scores, positive = torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([True, False, True, False])
     assert auc(scores, positive)[0] == pytest.approx((2 + 1 + 0.5) / 4)

@@ -16,6 +16,8 @@ from safeweights.diffusion.noise import generator
 from safeweights.diffusion.training import descend
 
 Density = Literal["random", "smallest", "largest"]
+REACH = 3
+"""Neighbours to either side of a value among which noise like it is drawn."""
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 """The temperature and the stretch of a hard-concrete gate."""
 
@@ -223,16 +225,17 @@ def restored_tensors(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Ten
 def noise_like_rows(weight: Tensor, where: Tensor, seed: int, name: str) -> Tensor:
     """A value for every place ``where``, drawn from the entries of its row that are not among them.
 
-    Between two neighbouring values of the sorted row every number is equally likely, so the values have the row's own
-    distribution (a normal one would show where the row's is not). Where the tensor's other entries were once rounded to half
-    precision, values are rounded likewise: any other would be seen.
+    Around every value of the sorted row, ``REACH`` neighbours to either side, every number is equally likely, so the values have
+    the row's own distribution (a normal one would show where the row's is not) and fall onto others as seldom as those do:
+    between two next neighbours they would be rounded onto one of them too often. Where the tensor's other entries were once
+    rounded to half precision, values are rounded likewise: any other would be seen.
     """
     rows = weight.detach().float().cpu().flatten(1) if weight.dim() > 1 else weight.detach().float().cpu()[None]
     width = rows.shape[1]
     kept = torch.ones(rows.numel(), dtype=torch.bool)
     kept[where.cpu()] = False
     kept = kept.view(rows.shape)
-    u = torch.rand(len(where), generator=generator("conceal", seed, name), dtype=torch.float64)
+    around, u = torch.rand((2, len(where)), generator=generator("conceal", seed, name), dtype=torch.float64)
     of_row = where.cpu() // width
     drawn = torch.empty(len(where), dtype=torch.float64)
     for row in sorted(set(of_row.tolist())):
@@ -242,9 +245,11 @@ def noise_like_rows(weight: Tensor, where: Tensor, seed: int, name: str) -> Tens
         if len(others) < 2:
             others = torch.zeros(2, dtype=torch.float64)
         mine = of_row == row
-        at = u[mine] * (len(others) - 1)
-        low = at.long().clamp(max=len(others) - 2)
-        drawn[mine] = torch.lerp(others[low], others[low + 1], at - low)
+        reach = min(REACH, len(others) - 1)
+        # Beyond the ends the row goes on as it does within them.
+        below, above = 2 * others[0] - others[1 : reach + 1].flip(0), 2 * others[-1] - others[-reach - 1 : -1].flip(0)
+        wide, first = torch.cat([below, others, above]), (around[mine] * len(others)).long()
+        drawn[mine] = torch.lerp(wide[first], wide[first + 2 * reach], u[mine])
     return drawn.to(rounding(rows[kept])).to(weight.dtype)
 
 

@@ -246,7 +246,8 @@ def test_noise_falls_onto_its_neighbours_as_seldom_as_they_onto_each_other() -> 
     pruned = {"w": torch.rand(300, 200, generator=generator(1)) < 0.05}
     mask = masks.make_mask(weights, pruned, fill="noise", seed=2)
     found = {row.score: row.auc for row in recover_positions(masks.pruned_tensors(weights, mask), mask.indices)}
-    assert found["repeated"] == pytest.approx(0.5, abs=0.012)
+    # Drawn between next neighbours, as it once was, noise has .61 here.
+    assert found["repeated"] == pytest.approx(0.5, abs=0.02)
     assert found["small"] == pytest.approx(0.5, abs=0.012)
 
 

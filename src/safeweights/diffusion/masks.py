@@ -16,7 +16,7 @@ from safeweights.diffusion.noise import generator
 from safeweights.diffusion.training import descend
 
 Density = Literal["random", "smallest", "largest"]
-REACH = 3
+REACH = 4
 """Neighbours to either side of a value among which noise like it is drawn."""
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 """The temperature and the stretch of a hard-concrete gate."""

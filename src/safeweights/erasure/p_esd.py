@@ -71,8 +71,9 @@ class PESD:
     """Noisy latents of each of the two sets a step; > 0."""
     lam: float = 1.0
     """Weight of the retained prompts; >= 0."""
-    eta: float = 2.0
-    """Strength of the negative guidance; unitless, > 0. ESD's 1 is enough for content, a style needs to be aimed past it."""
+    eta: float = 3.0
+    """Strength of the negative guidance; unitless, > 0. ESD's 1 silences the plain prompt only: attacks find what is left, and a
+    style needs to be aimed past it even for that."""
     trajectories: int = 18
     """DDIM trajectories drawn once for each concept, its term and prompts in turn; > 0."""
     retained: int = 41

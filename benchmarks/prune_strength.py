@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16, help="judged pictures of the concept")
     parser.add_argument("--retain-n", type=int, default=2, help="judged pictures of every other concept")
     parser.add_argument("--attacks", nargs="*", default=[], metavar="NAME:key=value,…", help="live attacks on n tuning prompts")
+    parser.add_argument("--seed", type=int, default=0, help="the eraser's seed: which trajectories and batches it learns from")
     parser.add_argument("--output", "-o", type=Path, required=True)
     options = parser.parse_args()
     file, model = sandbox_concepts(), open_model("sandbox", device="cpu")
@@ -45,8 +46,10 @@ def main() -> None:
         for concept in options.concepts:
             started = time.perf_counter()
             # A descent is resumed only under the settings it was begun with, so rows may share a folder.
-            workspace = Workspace(options.output / name / concept)
-            protection = method.protect(model, file.pick([concept]), retain=file.retain, rng=generator(0), workspace=workspace)
+            workspace = Workspace(options.output / f"{name}-{options.seed}" / concept)
+            protection = method.protect(
+                model, file.pick([concept]), retain=file.retain, rng=generator(options.seed), workspace=workspace
+            )
             seconds, protected = time.perf_counter() - started, protection.apply(model)
             rate = rates(protected, file, [concept], options.n)[concept]
             others = rates(protected, file, [other for other in file.concepts if other != concept], options.retain_n)

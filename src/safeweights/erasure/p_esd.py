@@ -59,9 +59,9 @@ class PESD:
     """How they are chosen: learned, or one-shot by snip, wanda or conceptprune (over ``steps`` batches)."""
     unit: Unit = "weight"
     """What a gate is for: a single weight, or a whole neuron (hard-concrete gates, as an ablation)."""
-    steps: int = 60
-    """Optimiser steps, or batches of a one-shot criterion; > 0."""
-    ramp: int = 30
+    steps: int = 120
+    """Optimiser steps, or batches of a one-shot criterion; > 0. With half as many a style's mask depends on the seed."""
+    ramp: int = 60
     """Steps over which the number of pruned weights grows to the budget; >= 0."""
     optimizer: Optimizer = "sgd"
     """How scores move: sgd adds gradients up, so that a big effect counts more; adam counts how steadily it points one way."""

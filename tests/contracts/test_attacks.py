@@ -23,7 +23,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "no-attack": {},
     "p4d": {"images": 3, "steps": 2, "tokens": 3},
     "random": {"images": 3, "tokens": 2},
-    "relearn": {"images": 3, "steps": 4, "pictures": 3, "rank": 1},
+    "relearn": {"images": 3, "steps": 8, "pictures": 3, "rank": 1},
     "replay": {"images": 3},
     "ring-a-bell": {"images": 3, "steps": 2, "tokens": 3, "population": 8},
     "seed-search": {"images": 3},

@@ -258,7 +258,17 @@ def test_replay_asks_what_was_found_first_for_the_same_prompt_then_for_the_other
         ("[]", "no record"),
         ({"concept": "cat", "found": [{}]}, "cat"),
         ({"concept": "dog", "found": [{"input": "latent"}]}, "latents"),
-        ({"concept": "dog", "found": [{"prompt": "z", "seed": 1, "success": True, "adversarial_prompt": "z"}]}, "nothing to ask"),
+        (
+            {"concept": "dog", "found": [{"prompt": "z", "seed": 1, "success": True, "adversarial_prompt": "z"}]},
+            "findings without",
+        ),
+        (
+            {
+                "concept": "dog",
+                "found": [{"prompt": "z", "seed": 1, "success": True, "adversarial_prompt": "z", "adversarial_seed": 1}],
+            },
+            "nothing to ask",
+        ),
     ],
 )
 def test_replay_refuses_what_is_no_list_of_prompts(tmp_path: Path, data: Any, says: str) -> None:

@@ -93,11 +93,11 @@ class Replay:
             raise UserError(f"replay: {self.record} is no record of an attack; give the attack.json that 'attack' wrote")
         if details.get("concept") != concept.name:
             raise UserError(f"replay: {self.record} attacks {details.get('concept')!r}, not {concept.name!r}")
+        if any(isinstance(row, dict) and row.get("input", "text") != "text" for row in rows):
+            raise UserError(f"replay: {self.record} holds embeddings or latents, not text; they were made for one model")
         wanted = {"prompt": str, "seed": int, "adversarial_prompt": str, "adversarial_seed": int, "success": bool}
         if any(not isinstance(row, dict) or any(not isinstance(row.get(k), t) for k, t in wanted.items()) for row in rows):
             raise UserError(f"replay: {self.record} has findings without {', '.join(wanted)}; give the attack.json as written")
-        if any(row.get("input", "text") != "text" for row in rows):
-            raise UserError(f"replay: {self.record} holds embeddings or latents, not text; they were made for one model")
         return sorted(rows, key=lambda row: not row["success"])
 
 

@@ -20,7 +20,6 @@ from esd_strength import rates
 
 from safeweights.audit.audit import Names, audit
 from safeweights.core.model import Sampling
-from safeweights.core.table import ERASERS, configure, parse_settings, resolve
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.noise import generator
 from safeweights.models.door import open_model
@@ -41,12 +40,11 @@ def main() -> None:
     columns = ["concept", "method and settings", "rate", *options.attacks, "kept", "harmed", "moved (L2)", "seconds"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for tried in options.tried:
-        name, _, given = tried.partition(":")
-        method = configure(resolve(ERASERS, name, "method"), parse_settings(part for part in given.split(",") if part))
+        method = configured(tried)
         for concept in options.concepts:
             started = time.perf_counter()
             # A descent is resumed only under the settings it was begun with, so rows may share a folder.
-            workspace = Workspace(options.output / f"{name}-{options.seed}" / concept)
+            workspace = Workspace(options.output / f"{method.name}-{options.seed}" / concept)
             protection = method.protect(
                 model, file.pick([concept]), retain=file.retain, rng=generator(options.seed), workspace=workspace
             )

@@ -15,9 +15,9 @@ from safeweights.audit.statistics import wilson
 from safeweights.core.concept import Concept, ConceptFile, Prompt
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
-from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.detectors.load import open_detector
+from safeweights.diffusion.retain_set import names as mentions
 from safeweights.metrics.backbones import Backbones, default_backbones
 from safeweights.metrics.clip_score import clip_score
 from safeweights.metrics.frechet import frechet_distance
@@ -175,9 +175,7 @@ def retained_concepts(erased: Sequence[Concept], file: ConceptFile) -> list[Conc
     for concept in file.concepts.values():
         if concept.name in gone or concept.detector is None:
             continue
-        asked = [
-            p for p in concept.test_prompts or concept.prompts if not any(whole_words(term).search(p.text) for term in terms)
-        ]
+        asked = [p for p in concept.test_prompts or concept.prompts if not any(mentions(p.text, term) for term in terms)]
         # What methods were told to hold is no test of what they hold.
         prompts = tuple([p for p in asked if p.text not in file.retain] or asked)
         if prompts:
@@ -241,7 +239,7 @@ def _record(
     concept, rate = judged.concept, judged.measurement("concept_rate", "lower")
     before = Measurement(name="reference_rate", value=rate.reference, n=judged.n)
     # Other kinds' pictures show whether the detector fires where it should not.
-    others = [j for j in retained if not any(whole_words(concept.term).search(p.text) for p in j.prompts)]
+    others = [j for j in retained if not any(mentions(p.text, concept.term) for p in j.prompts)]
     alarms = int(judged.detector.detect(torch.cat([j.before for j in others])).present.sum()) if others else 0
     doubts: list[Doubt] = [
         *doubt.not_there_before(before),

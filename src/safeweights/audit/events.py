@@ -19,9 +19,9 @@ from safeweights.core.concept import Concept, ConceptFile
 from safeweights.core.errors import UserError
 from safeweights.core.model import DiffusionModel, Sampling
 from safeweights.core.table import ADAPTATIONS, configure, resolve
-from safeweights.core.text import whole_words
 from safeweights.core.workspace import Workspace
 from safeweights.diffusion.latent_bank import fingerprint
+from safeweights.diffusion.retain_set import names
 from safeweights.diffusion.shots import drawn_shots
 
 if TYPE_CHECKING:
@@ -143,5 +143,5 @@ def harmless_prompts(file: ConceptFile, concepts: Sequence[Concept]) -> tuple[st
     from safeweights.audit.evaluate import retained_concepts
 
     texts = [*file.retain, *(text for other in retained_concepts(concepts, file) for text in other.texts[:1])]
-    kept = [text for text in dict.fromkeys(texts) if not any(whole_words(concept.term).search(text) for concept in concepts)]
+    kept = [text for text in dict.fromkeys(texts) if not any(names(text, concept.term) for concept in concepts)]
     return tuple(kept)

@@ -66,9 +66,8 @@ def resistances(
                         gaps[name] = gap
             targets = [gaps[name] for name in concepts if name in gaps]
             others = [gaps[name] for name in benign if name in gaps]
-            complete = bool(targets)
-            msgr = msgr_interval(targets) if complete else None
-            mrsgr = msgr_interval(targets, others) if complete and others else None
+            msgr = msgr_interval(targets) if targets else None
+            mrsgr = msgr_interval(targets, others) if targets and others else None
             known = {name: seeds for name, seeds in mine.items() if name in concepts}
             there = [name for name in concepts if (attack, baselines[method], name) in found]
             rows.append(
@@ -81,7 +80,7 @@ def resistances(
                     recovery={name: _recovery(list(seeds.values())) for name, seeds in known.items()},
                     budget=max(r.details["curve"][-1]["steps"] for seeds in known.values() for r in seeds.values()),
                     n=max(sum(r.details["n"] for r in seeds.values()) for seeds in known.values()),
-                    gaps={name: gaps[name] for name in concepts if name in gaps} if complete else {},
+                    gaps={name: gaps[name] for name in concepts if name in gaps},
                     missing=tuple(name for name in there if name not in gaps) if baselines[method] != method else (),
                 )
             )  # fmt: skip

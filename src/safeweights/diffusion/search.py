@@ -208,6 +208,12 @@ def random_ids(words: Tensor, k: int, rngs: Sequence[torch.Generator]) -> Tensor
     return words[picks.to(words.device)]
 
 
+def random_embeddings(model: DiffusionModel, k: int, rngs: Sequence[torch.Generator]) -> Tensor:
+    """Embeddings (B, k, D) of k random ordinary ids per row, row b from ``rngs[b]``: where a search over embeddings begins."""
+    ordinary = torch.tensor([i for i in range(len(model.vocabulary)) if i not in model.special_ids])
+    return model.vocabulary[random_ids(ordinary, k, rngs).to(model.device)].float()
+
+
 def _eos_at(model: DiffusionModel, ids: Tensor) -> Tensor:
     """Position (B,) of the first EOS of each row."""
     return (ids == _eos(model)).int().argmax(dim=1)

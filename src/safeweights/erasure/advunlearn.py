@@ -26,7 +26,7 @@ from safeweights.diffusion.search import (
     descend_embeddings,
     insert_tokens,
     put_embeddings,
-    random_ids,
+    random_embeddings,
     term_ids,
     text_length,
 )
@@ -269,7 +269,6 @@ class _Aim:
         self.eraser, self.concept, self.seed = eraser, concept, seed
         self.texts = eraser.texts(concept)
         self.bank = self._bank(model, workspace)
-        self.words = torch.tensor([i for i in range(len(model.vocabulary)) if i not in model.special_ids])
         self.ids, self.positions = torch.empty(0), torch.empty(0)
         self.start = torch.empty(0)
         if eraser.attack_steps:
@@ -303,8 +302,7 @@ class _Aim:
     def random_words(self, model: DiffusionModel, rows: int, *when: int | str) -> torch.Tensor:
         """Embeddings (rows, k, D) of random words."""
         rngs = [generator("advunlearn init", self.seed, self.concept.name, *when, row) for row in range(rows)]
-        ids = random_ids(self.words, self.eraser.tokens, rngs)
-        return model.vocabulary[ids.to(model.device)].float()
+        return random_embeddings(model, self.eraser.tokens, rngs)
 
     def attacked(
         self, student: DiffusionModel, prompt: torch.Tensor, last: torch.Tensor, step: int

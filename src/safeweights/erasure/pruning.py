@@ -32,7 +32,7 @@ from safeweights.diffusion.masks import learn_mask, learn_neuron_mask, lowest, m
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
 from safeweights.diffusion.sampling import embed_all
-from safeweights.diffusion.search import descend_embeddings, insert_tokens, put_embeddings, random_ids
+from safeweights.diffusion.search import descend_embeddings, insert_tokens, put_embeddings, random_embeddings
 from safeweights.diffusion.training import descend
 
 Criterion = Literal["learned", "snip", "wanda", "conceptprune"]
@@ -184,12 +184,10 @@ class Attacker:
         """``bank`` holds the base model's predictions "eps_c" under its prompts. Raises UserError for a prompt without room."""
         self.how, self.student, self.bank, self.seed = how, student, bank, seed
         self.ids, self.positions = insert_tokens(student, student.tokenize(bank.prompts), how.tokens)
-        self.words = torch.tensor([i for i in range(len(student.vocabulary)) if i not in student.special_ids])
 
     def attacked(self, prompt: Tensor, step: int) -> Conditioning:
         """The text states of the bank's prompts of these numbers (B,), each attacked by itself."""
         rngs = [generator("prune attack", self.seed, step, row) for row in range(len(prompt))]
-        words = random_ids(self.words, self.how.tokens, rngs).to(self.student.device)
         ids, positions = self.ids[prompt], self.positions[prompt]
 
         def batch_at(inner: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +195,7 @@ class Attacker:
             return batch.x_t, batch.t, batch.eps_c
 
         *_, (free, _) = descend_embeddings(
-            self.student, batch_at, ids, positions, self.student.vocabulary[words].float(),
+            self.student, batch_at, ids, positions, random_embeddings(self.student, self.how.tokens, rngs),
             steps=self.how.attack_steps, lr=self.how.attack_lr,
         )  # fmt: skip
         with torch.no_grad():

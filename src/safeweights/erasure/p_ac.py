@@ -60,15 +60,15 @@ class PAC:
     parameters: str = "neurons"
     """Where weights may be pruned: neurons (both linear layers of the feed-forward blocks, keys and values of cross-attention),
     ffn, xattn_kv, full, or another group; biases and norms stay."""
-    budget: float = 0.003
+    budget: float = 0.005
     """Share of the UNet's weights that is pruned, counted exactly; in (0, 1)."""
     criterion: Criterion = "learned"
     """How they are chosen: learned, or one-shot by snip, wanda or conceptprune (over ``steps`` batches)."""
     unit: Unit = "weight"
     """What a gate is for: a single weight, or a whole neuron (hard-concrete gates, as an ablation)."""
-    steps: int = 60
-    """Optimiser steps, or batches of a one-shot criterion; > 0."""
-    ramp: int = 30
+    steps: int = 240
+    """Optimiser steps, or batches of a one-shot criterion; > 0. Fewer leave more to attacks and harm more."""
+    ramp: int = 120
     """Steps over which the number of pruned weights grows to the budget; >= 0."""
     optimizer: Optimizer = "sgd"
     """How scores move: sgd adds gradients up, so that a big effect counts more; adam counts how steadily it points one way."""
@@ -76,7 +76,7 @@ class PAC:
     """Step of the scores; > 0. Without meaning for sgd, where only their order counts."""
     batch_size: int = 4
     """Noisy latents of each of the two sets a step; > 0."""
-    lam: float = 3.0
+    lam: float = 1.0
     """Weight of the retained prompts; >= 0."""
     pictures: int = 18
     """Anchor pictures drawn once for each concept, its prompts without the concept in turn; > 0."""

@@ -45,7 +45,7 @@ class PESD:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "paper": {
-            "budget": 0.01, "eta": 1.0, "steps": 600, "ramp": 300, "batch_size": 8,
+            "budget": 0.01, "eta": 1.0, "lam": 1.0, "steps": 600, "ramp": 300, "batch_size": 8,
             "trajectories": 64, "ddim_steps": 50, "guidance": 7.5,
         },
     }  # fmt: skip
@@ -59,9 +59,10 @@ class PESD:
     """How they are chosen: learned, or one-shot by snip, wanda or conceptprune (over ``steps`` batches)."""
     unit: Unit = "weight"
     """What a gate is for: a single weight, or a whole neuron (hard-concrete gates, as an ablation)."""
-    steps: int = 120
-    """Optimiser steps, or batches of a one-shot criterion; > 0. With half as many a style's mask depends on the seed."""
-    ramp: int = 60
+    steps: int = 240
+    """Optimiser steps, or batches of a one-shot criterion; > 0. With a quarter of them a style's mask depends on the seed; with
+    half, other objects are lost."""
+    ramp: int = 120
     """Steps over which the number of pruned weights grows to the budget; >= 0."""
     optimizer: Optimizer = "sgd"
     """How scores move: sgd adds gradients up, so that a big effect counts more; adam counts how steadily it points one way."""
@@ -69,7 +70,7 @@ class PESD:
     """Step of the scores; > 0. Without meaning for sgd, where only their order counts."""
     batch_size: int = 4
     """Noisy latents of each of the two sets a step; > 0."""
-    lam: float = 1.0
+    lam: float = 3.0
     """Weight of the retained prompts; >= 0."""
     eta: float = 3.0
     """Strength of the negative guidance; unitless, > 0. ESD's 1 silences the plain prompt only: attacks find what is left, and a

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from safeweights.attacks.relearning.relearn import Relearn
 from safeweights.audit.audit import Names, audit
@@ -244,6 +246,10 @@ def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
     (tmp_path / "plain" / "1.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot be read"):
         read_folder(tmp_path / "plain", width=8, height=8, prompt="a dog")
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(tmp_path / "deep" / "0.png", format="TIFF")
+    with pytest.raises(UserError, match="more than 8 bits"):
+        read_folder(tmp_path / "deep", width=8, height=8, prompt="a dog")
 
 
 def test_adapt_writes_what_its_users_expect(tiny_sd: Any, tmp_path: Path, capsys: Any) -> None:

@@ -50,6 +50,9 @@ def read_folder(folder: str | Path, *, width: int, height: int, prompt: str | No
             raise UserError(f"{path} has no caption; give --prompt, or metadata.csv with file_name,prompt beside the pictures")
         try:
             with Image.open(path) as image:
+                # Pillow would clip these to white or black without a word, and NaN to anything.
+                if image.mode.startswith(("I", "F")):
+                    raise UserError(f"the picture {path} has more than 8 bits a channel ({image.mode}); save it as an 8-bit PNG")
                 fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"the picture {path} cannot be read: {error}") from None

@@ -171,7 +171,7 @@ def text_ids(model: DiffusionModel) -> Tensor:
 
     Special ids, pieces of words and pieces of characters do not; a prompt found with them would be another one once typed in.
     """
-    candidates = [i for i in range(len(model.vocabulary)) if i not in model.special_ids]
+    candidates = ordinary_ids(model).tolist()
     texts = [model.text_of(torch.tensor([i])) for i in candidates]
     readable = [(i, text) for i, text in zip(candidates, texts, strict=True) if text and text.isprintable()]
     rows = model.tokenize([text for _, text in readable])
@@ -208,10 +208,15 @@ def random_ids(words: Tensor, k: int, rngs: Sequence[torch.Generator]) -> Tensor
     return words[picks.to(words.device)]
 
 
-def random_embeddings(model: DiffusionModel, k: int, rngs: Sequence[torch.Generator]) -> Tensor:
-    """Embeddings (B, k, D) of k random ordinary ids per row, row b from ``rngs[b]``: where a search over embeddings begins."""
-    ordinary = torch.tensor([i for i in range(len(model.vocabulary)) if i not in model.special_ids])
-    return model.vocabulary[random_ids(ordinary, k, rngs).to(model.device)].float()
+def ordinary_ids(model: DiffusionModel) -> Tensor:
+    """Every id of the vocabulary that is not special (M,); once for a whole search, since a real vocabulary has 49 000."""
+    special = model.special_ids
+    return torch.tensor([i for i in range(len(model.vocabulary)) if i not in special])
+
+
+def random_embeddings(model: DiffusionModel, words: Tensor, k: int, rngs: Sequence[torch.Generator]) -> Tensor:
+    """Embeddings (B, k, D) of k random ids per row out of ``words`` (M,), row b from ``rngs[b]``: where a search begins."""
+    return model.vocabulary[random_ids(words, k, rngs).to(model.device)].float()
 
 
 def _eos_at(model: DiffusionModel, ids: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from safeweights.diffusion.search import (
     Where,
     descend_embeddings,
     insert_tokens,
+    ordinary_ids,
     put_embeddings,
     random_embeddings,
     term_ids,
@@ -269,6 +270,7 @@ class _Aim:
         self.eraser, self.concept, self.seed = eraser, concept, seed
         self.texts = eraser.texts(concept)
         self.bank = self._bank(model, workspace)
+        self.words = ordinary_ids(model)
         self.ids, self.positions = torch.empty(0), torch.empty(0)
         self.start = torch.empty(0)
         if eraser.attack_steps:
@@ -302,7 +304,7 @@ class _Aim:
     def random_words(self, model: DiffusionModel, rows: int, *when: int | str) -> torch.Tensor:
         """Embeddings (rows, k, D) of random words."""
         rngs = [generator("advunlearn init", self.seed, self.concept.name, *when, row) for row in range(rows)]
-        return random_embeddings(model, self.eraser.tokens, rngs)
+        return random_embeddings(model, self.words, self.eraser.tokens, rngs)
 
     def attacked(
         self, student: DiffusionModel, prompt: torch.Tensor, last: torch.Tensor, step: int

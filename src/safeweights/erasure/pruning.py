@@ -32,7 +32,7 @@ from safeweights.diffusion.masks import learn_mask, learn_neuron_mask, lowest, m
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
 from safeweights.diffusion.sampling import embed_all
-from safeweights.diffusion.search import descend_embeddings, insert_tokens, put_embeddings, random_embeddings
+from safeweights.diffusion.search import descend_embeddings, insert_tokens, ordinary_ids, put_embeddings, random_embeddings
 from safeweights.diffusion.training import descend
 
 Criterion = Literal["learned", "snip", "wanda", "conceptprune"]
@@ -184,6 +184,7 @@ class Attacker:
         """``bank`` holds the base model's predictions "eps_c" under its prompts. Raises UserError for a prompt without room."""
         self.how, self.student, self.bank, self.seed = how, student, bank, seed
         self.ids, self.positions = insert_tokens(student, student.tokenize(bank.prompts), how.tokens)
+        self.words = ordinary_ids(student)
 
     def attacked(self, prompt: Tensor, step: int) -> Conditioning:
         """The text states of the bank's prompts of these numbers (B,), each attacked by itself."""
@@ -195,7 +196,7 @@ class Attacker:
             return batch.x_t, batch.t, batch.eps_c
 
         *_, (free, _) = descend_embeddings(
-            self.student, batch_at, ids, positions, random_embeddings(self.student, self.how.tokens, rngs),
+            self.student, batch_at, ids, positions, random_embeddings(self.student, self.words, self.how.tokens, rngs),
             steps=self.how.attack_steps, lr=self.how.attack_lr,
         )  # fmt: skip
         with torch.no_grad():

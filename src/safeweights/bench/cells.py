@@ -19,7 +19,6 @@ from safeweights.core.model import Sampling
 from safeweights.core.table import ATTACKS, ERASERS, GUARDS, configure, describe, resolve
 from safeweights.core.workspace import Meter, Workspace
 from safeweights.records.machine import forget_peak_memory, peak_memory_gb, versions
-from safeweights.records.mask import Mask, architecture
 from safeweights.records.record import Record
 from safeweights.records.store import Store
 from safeweights.release.output import write_json
@@ -341,7 +340,7 @@ class Worker:
 
     def _mask(self, cell: Cell, *, anew: bool = False) -> Path:
         """The file of a guard's mask, as somebody who honours it is handed it; ``anew`` where it has just been learnt."""
-        from safeweights.freezing.guard import shares, unet_shapes
+        from safeweights.freezing.guard import mask_of
 
         path = self.folder / "masks" / f"{cell.method}-seed-{cell.seed}-{cell.model_key[:12]}.json"
         if path.is_file() and not anew:
@@ -349,12 +348,9 @@ class Worker:
         kept = self._protections.load(cell.model_key)
         if kept is None:
             raise UserError(f"the mask of {cell.title} is gone; delete the record of its protection")
-        settings, frozen = cell.method_settings, frozenset(kept[1]["frozen"])
-        mask = Mask(
-            frozen=frozen, achieved=shares(frozen, unet_shapes(self.model)), ratio=settings["ratio"],
-            budget=settings["budget"], method=cell.method_name,
-            illegal=cell.only or cell.concepts, legal=cell.legal, settings=settings, architecture=architecture(self.model),
-            base_sha256=None if cell.start else cell.inputs["reference"],
+        mask = mask_of(
+            self.model, frozenset(kept[1]["frozen"]), cell.method_name, cell.method_settings, illegal=cell.only or cell.concepts,
+            legal=cell.legal, base_sha256=None if cell.start else cell.inputs["reference"],
             made={"seed": cell.seed, "command": ["safeweights", "bench"]},
         )  # fmt: skip
         path.parent.mkdir(exist_ok=True)

@@ -25,7 +25,7 @@ from safeweights.cli.common import (
     workspace_in,
 )
 from safeweights.core.table import GUARDS, configure, describe, parse_settings, resolve
-from safeweights.records.mask import NAME, Mask, architecture, note_other_base, read_mask, with_partners
+from safeweights.records.mask import NAME, note_other_base, read_mask, with_partners
 from safeweights.release.manifest import hash_input, read_manifest, write_manifest
 from safeweights.release.output import check_file_target, check_target, output_file, output_folder, write_json
 
@@ -70,7 +70,7 @@ def learn(
     """Learn which UNet tensors to freeze, so that illegal concepts are not learnt and legal ones still are; writes MASK.json."""
     from safeweights.diffusion.noise import generator
     from safeweights.diffusion.shots import with_drawn_folder
-    from safeweights.freezing.guard import shares, unet_shapes
+    from safeweights.freezing.guard import mask_of, unet_shapes
     from safeweights.models.door import open_model
     from safeweights.records.machine import peak_memory_gb, versions
 
@@ -121,17 +121,9 @@ def learn(
                 opened, banned, legal=allowed, retain=file.retain, rng=generator(seed), workspace=workspace_in(out.work)
             )
             shapes = unet_shapes(opened)
-            mask = Mask(
-                frozen=protection.frozen,
-                ratio=ratio,
-                budget=budget,
+            mask = mask_of(
+                opened, protection.frozen, method, describe(guard), illegal=chosen["illegal"], legal=chosen["legal"],
                 base_sha256=inputs["model"],
-                architecture=architecture(opened),
-                illegal=tuple(chosen["illegal"]),
-                legal=tuple(chosen["legal"]),
-                achieved=shares(protection.frozen, shapes),
-                method=method,
-                settings=describe(guard),
                 made={
                     "command": ["safeweights", *sys.argv[1:]], "options": chosen, "seed": seed, "inputs": inputs,
                     "cost": dict(protection.cost), "seconds": round(time.perf_counter() - started, 3),

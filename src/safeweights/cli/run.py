@@ -355,17 +355,14 @@ class Kitchen:
         Where several steps freeze, the earlier ones' masks have the step's number. The last one's also lies beside every whole
         model that leaves the house.
         """
-        from safeweights.freezing.guard import shares, unet_shapes
-        from safeweights.records.mask import NAME, Mask, architecture, with_partners
+        from safeweights.freezing.guard import mask_of
+        from safeweights.records.mask import NAME, with_partners
 
         for number, names in frozen.items():
             step, made = self.plan.recipe.steps[number - 1], chain[number - 1]
-            settings = made["options"]["settings"]
-            mask = Mask(
-                frozen=frozenset(names), ratio=settings["ratio"], budget=settings["budget"],
-                base_sha256=hash_input(folder / "model"), architecture=architecture(model), illegal=tuple(step.concepts),
-                legal=tuple(step.legal), achieved=shares(frozenset(names), unet_shapes(model)), method=step.method,
-                settings=settings, made={name: made[name] for name in _MADE},
+            mask = mask_of(
+                model, frozenset(names), step.method, made["options"]["settings"], illegal=step.concepts, legal=step.legal,
+                base_sha256=hash_input(folder / "model"), made={name: made[name] for name in _MADE},
             )  # fmt: skip
             mask = with_partners(mask, made["partners"])
             last = number == max(frozen)

@@ -20,6 +20,7 @@ from safeweights.diffusion.adaptation import Adapter, Lesson, Shots
 from safeweights.diffusion.noise import generator
 from safeweights.diffusion.parameters import select
 from safeweights.diffusion.shots import concept_shots
+from safeweights.records.mask import Mask, architecture
 
 BudgetUnit = Literal["tensors", "parameters"]
 
@@ -106,6 +107,25 @@ def unet_shapes(model: DiffusionModel) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors a mask may freeze: every parameter of the denoiser by name."""
     wanted = set(select(model.named_parameters(), "full"))
     return {name: tuple(value.shape) for name, value in model.named_parameters() if name in wanted}
+
+
+def mask_of(
+    model: DiffusionModel,
+    frozen: frozenset[str],
+    method: str,
+    settings: Mapping[str, Any],
+    *,
+    illegal: Sequence[str],
+    legal: Sequence[str],
+    base_sha256: str | None,
+    made: Mapping[str, Any],
+) -> Mask:
+    """The record of a mask for ``model``: what a guard of these settings froze, the shares that came out, and how it was made."""
+    return Mask(
+        frozen=frozen, achieved=shares(frozen, unet_shapes(model)), architecture=architecture(model), method=method,
+        settings=settings, ratio=settings["ratio"], budget=settings["budget"], illegal=tuple(illegal), legal=tuple(legal),
+        base_sha256=base_sha256, made=made,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

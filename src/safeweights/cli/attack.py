@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def command(
     model: options.Model,
     reference: options.Reference,
-    concept: options.Concepts,
+    concept: options.OneConcept,
     output: options.Output,
     method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(ATTACKS)}.", show_default=False)],
     n: Annotated[

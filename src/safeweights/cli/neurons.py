@@ -18,7 +18,7 @@ from safeweights.release.output import check_target, output_folder, write_json
 def command(
     model: options.Model,
     reference: options.Reference,
-    concept: options.Concepts,
+    concept: options.OneConcept,
     output: options.Output,
     method: Annotated[str, typer.Option("--method", help="The attack that tries to wake the neurons.")] = "soft-prompt",
     n: Annotated[int, typer.Option("--n", min=2, help="Prompts a condition.")] = 16,

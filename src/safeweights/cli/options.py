@@ -20,6 +20,7 @@ Reference = Annotated[
 Concepts = Annotated[
     list[str], typer.Option("--concept", help="A concept of the concept file; repeat for several.", show_default=False)
 ]
+OneConcept = Annotated[list[str], typer.Option("--concept", help="A concept of the concept file, one only.", show_default=False)]
 SomeConcepts = Annotated[
     list[str] | None,
     typer.Option("--concept", help="A concept of the concept file; repeat for several. [default: all that have a detector]"),

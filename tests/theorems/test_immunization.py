@@ -160,6 +160,17 @@ def test_users_have_some_of_the_pictures_and_others_in_another_episode(tiny_mode
     assert len(play.lesson("upper", 0, play.episode(0)).shots) == 8
 
 
+def test_all_that_is_retained_is_held_whoever_learns_half_of_it(tiny_model: Any) -> None:
+    """A benign user and what is asked of the model after them have a half each; holding a half would leave prompts out."""
+    alone, beside = game(tiny_model, keep=1.0), game(tiny_model, keep=1.0, benign=1.0)
+    plain = Episode(0, "full", 0.0, "own")
+    held, shared = (play.lesson("keep", None, plain).shots for play in (alone, beside))
+    assert held.captions == shared.captions
+    assert torch.equal(held.x_0, shared.x_0)
+    parts = [beside.lesson(level, None, plain).shots for level in ("lower", "upper")]
+    assert sorted(caption for part in parts for caption in part.captions) == sorted(held.captions)
+
+
 def test_concepts_of_one_class_stay_separate(tiny_model: Any) -> None:
     """Two concepts that share every word of their class are two lessons with pictures of their own."""
     twins = [

@@ -31,6 +31,7 @@ from safeweights.diffusion.shots import concept_shots, drawn_shots
 from safeweights.diffusion.training import descend
 
 Kind = Literal["lora", "full", "textual-inversion", "custom-diffusion"]
+Level = Literal["lower", "upper", "keep"]
 BETAS = (0.9, 0.999)
 STEADY = 0.03
 """Adam's step of an entry is differentiated where its gradients are at least this part of its tensor's."""
@@ -218,15 +219,16 @@ class Game:
             features = [concept_features(model, concept) for concept in concepts]
             self.merge = method.fuse(features, text_features(model, retained_prompts(concepts, retain)))
         self.keys_and_values = select(model.named_parameters(), "xattn_kv")
-        self.retained: tuple[Shots, Shots] | None = None
+        self.retained: dict[Level, Shots] = {}
         if max(method.keep, method.benign, method.self_destruct) > 0:
             rng = generator("immunization retained", seed)
             kept = drawn_shots(
                 model, retained_prompts(concepts, retain), n=method.retained, sampling=sampling, seed=rng.initial_seed(),
                 workspace=workspace.child("retained"),
             )  # fmt: skip
-            # Only a user who learns them needs pictures of their own.
-            self.retained = halves(kept, rng) if method.benign > 0 else (kept, kept)
+            # Only a user who learns them needs pictures of their own; all of them are held, a half leaves prompts out.
+            first, second = halves(kept, rng) if method.benign > 0 else (kept, kept)
+            self.retained = {"lower": first, "upper": second, "keep": kept}
         self.lessons: dict[tuple[Any, ...], Lesson] = {}
         self.asks: dict[tuple[int, bool], tuple[Any, Any]] = {}
         self.names: dict[tuple[int, str], list[str]] = {}
@@ -258,16 +260,15 @@ class Game:
             return Adapter(parameters=weights)
         return Adapter(parameters=weights, token=concept.term, init=_word(concept))
 
-    def lesson(self, level: Literal["lower", "upper"], n: int | None, episode: Episode) -> Lesson:
-        """What one concept (None: what is retained) asks of a user, or of the model after the user's step."""
+    def lesson(self, level: Level, n: int | None, episode: Episode) -> Lesson:
+        """What a concept (None: what is retained) asks of a user, of the model after the user's step, or of the model itself."""
         key: tuple[Any, ...] = (level, n, episode.kind, episode.captions)
         if few := level == "lower" and n is not None and episode.pictures is not None:
             key = (*key, episode.number)
         if key not in self.lessons:
             concept = None if n is None else self.concepts[n]
             if n is None:
-                assert self.retained is not None
-                shots = self.retained[level == "upper"]
+                shots = self.retained[level]
             else:
                 shots = (self.lower if level == "lower" else self.upper)[n]
                 if few:
@@ -279,7 +280,7 @@ class Game:
             if concept is not None and episode.kind in TOKENS:
                 shots = replace(shots, captions=tuple(named_once(text, concept.term) for text in shots.captions))
             adapter = self.adapter(episode.kind, concept)
-            if level == "upper":
+            if level != "lower":
                 # The weights are joined and put in place before; only the learnt word is still the user's own.
                 adapter = Adapter(token=adapter.token, init=adapter.init)
             self.lessons[key] = Lesson(
@@ -437,7 +438,7 @@ class Game:
         method = self.method
         plain = Episode(episode.number, "full", episode.lr, "own")
         if method.keep > 0:
-            lesson = self.lesson("upper", None, plain)
+            lesson = self.lesson("keep", None, plain)
             batch = lesson.batch("keep", step)
             yield method.keep * self._errors(lesson, {}, None, batch, still=True)[1].mean()
         if method.benign > 0 and episode.kind != "textual-inversion":
@@ -450,7 +451,7 @@ class Game:
             harm = torch.stack(
                 [lesson.loss({}, lesson.batch("harm", n, step)) for n in range(len(self.concepts)) if (lesson := self._bare(n))]
             ).mean()
-            held = self.lesson("upper", None, plain)
+            held = self.lesson("keep", None, plain)
             g_harm, g_held = (
                 torch.cat([g.flatten() for g in torch.autograd.grad(value, moving, create_graph=True)])
                 for value in (harm, held.loss({}, held.batch("held", step)))

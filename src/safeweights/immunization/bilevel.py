@@ -80,7 +80,7 @@ class Bilevel:
     keep: float = 25.0
     """Weight of predicting as before on pictures of what is retained; >= 0. Far above 1, since predictions differ by little."""
     benign: float = 0.0
-    """Weight of a user who adapts to retained pictures and should succeed; >= 0."""
+    """Weight of a user who adapts to half of the retained pictures and should succeed on the other half; >= 0."""
     self_destruct: float = 0.0
     """Weight of the cosine between the gradients for the concept and for what is retained; >= 0. Costs second derivatives."""
     batch_size: int = 4
@@ -226,9 +226,9 @@ class Game:
                 model, retained_prompts(concepts, retain), n=method.retained, sampling=sampling, seed=rng.initial_seed(),
                 workspace=workspace.child("retained"),
             )  # fmt: skip
-            # Only a user who learns them needs pictures of their own; all of them are held, a half leaves prompts out.
-            first, second = halves(kept, rng) if method.benign > 0 else (kept, kept)
-            self.retained = {"lower": first, "upper": second, "keep": kept}
+            self.retained["keep"] = kept  # all of them, also where a user learns a half: a half leaves prompts out
+            if method.benign > 0:
+                self.retained["lower"], self.retained["upper"] = halves(kept, rng)
         self.lessons: dict[tuple[Any, ...], Lesson] = {}
         self.asks: dict[tuple[int, bool], tuple[Any, Any]] = {}
         self.names: dict[tuple[int, str], list[str]] = {}
